@@ -1,0 +1,205 @@
+"""A bundle: the folder that `edgecloud partition` writes, and what device and cloud may believe of it.
+
+    bundle.json   schema version, pair id, fingerprints, SHA-256 of every file
+    edge/draft/   model.onnx, model.onnx.data, tokenizer.json, chat_template.jinja
+    cloud/        the target as a Hugging Face folder
+
+The device needs bundle.json and edge/ only. Nothing in a bundle is executed and no path leaves it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, TypeVar
+
+from edgecloud.errors import BundleCorruptError, BundleError, BundleNotFoundError, BundleVersionError
+from edgecloud.fingerprint import sha256_file
+
+SCHEMA_VERSION = 1
+MANIFEST = "bundle.json"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class TargetInfo:
+    """The cloud's model."""
+
+    name: str
+    fingerprint: str  # fingerprint.model_fingerprint
+    folder: str | None  # inside the bundle; None when the cloud takes it from the hub
+    hub_id: str | None
+    revision: str | None
+    vocab_size: int
+    max_context_tokens: int
+    dtype: str
+    num_parameters: int
+
+
+@dataclass(frozen=True, slots=True)
+class DraftInfo:
+    """The device's model, an ONNX graph with GroupQueryAttention and shared past and present buffers."""
+
+    name: str
+    fingerprint: str  # of the Hugging Face folder that it was exported from
+    model: str  # path of the graph inside the bundle
+    quantization: str  # int4, fp32
+    vocab_size: int  # columns of the logits; may be padded beyond the tokenizer's
+    max_context_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerInfo:
+    """The tokenizer that both models share."""
+
+    fingerprint: str  # fingerprint.tokenizer_fingerprint
+    path: str
+    chat_template: str | None  # path of the Jinja file; None: prompts go in as they are
+    special_tokens: dict[str, str]  # bos_token, eos_token, ...: names a chat template may use
+    eos_token_ids: list[int]  # generation ends after one of these
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """What a file must be."""
+
+    sha256: str
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A checked manifest and where it lies. Files are checked by `verify_files`."""
+
+    path: Path
+    pair_id: str
+    created_by: str
+    licence: str | None
+    target: TargetInfo
+    draft: DraftInfo
+    tokenizer: TokenizerInfo
+    files: dict[str, FileInfo]
+    checks: dict[str, Any] = field(default_factory=dict)  # the partition report
+    cut_points: list[int] = field(default_factory=list)
+    calibration: dict[str, Any] | None = None
+
+    @classmethod
+    def open(cls, path: str | Path) -> Bundle:
+        """Read and check the manifest.
+
+        Raises:
+            BundleNotFoundError: no such folder, or it has no bundle.json.
+            BundleVersionError: written by a newer edgecloud.
+            BundleCorruptError: not JSON, a field is missing, unknown or of another type, or a path leaves the bundle.
+        """
+        folder = Path(path)
+        manifest = folder / MANIFEST
+        try:
+            content = json.loads(manifest.read_text("utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise BundleNotFoundError(f"{folder} is no bundle: it has no {MANIFEST}; make one with `edgecloud partition`") from None
+        except (OSError, ValueError) as error:
+            raise BundleCorruptError(f"{manifest} cannot be read as JSON: {error}; make the bundle again") from error
+        if not isinstance(content, dict):
+            raise BundleCorruptError(f"{manifest} holds a {type(content).__name__}, not an object; make the bundle again")
+        version = content.pop("schema_version", None)
+        if not isinstance(version, int) or version < 1:
+            raise BundleCorruptError(f"{manifest}: schema_version is {version!r}; make the bundle again")
+        if version > SCHEMA_VERSION:
+            raise BundleVersionError(
+                f"{manifest} has schema version {version}, this edgecloud reads up to {SCHEMA_VERSION}; upgrade edgecloud"
+            )
+        if isinstance(files := content.get("files"), dict):
+            content["files"] = {name: _build(FileInfo, entry, f"files.{name}", manifest) for name, entry in files.items()}
+        for key, kind in (("target", TargetInfo), ("draft", DraftInfo), ("tokenizer", TokenizerInfo)):
+            content[key] = _build(kind, content.get(key), key, manifest)
+        bundle = _build(cls, {**content, "path": folder}, "", manifest)
+        bundle._check_paths()
+        return bundle
+
+    def file(self, name: str) -> Path:
+        """Where a file of the bundle lies."""
+        return self.path / name
+
+    @property
+    def target_folder(self) -> Path | None:
+        """The target's Hugging Face folder, if the bundle carries it."""
+        return None if self.target.folder is None else self.path / self.target.folder
+
+    def verify_files(self, part: Literal["edge", "cloud"]) -> None:
+        """Check size and SHA-256 of every file below edge/ or cloud/.
+
+        Raises:
+            BundleCorruptError: names the first file that is missing, truncated or changed.
+        """
+        for name, expected in self.files.items():
+            if PurePosixPath(name).parts[0] != part:
+                continue
+            path = self.path / name
+            try:
+                found_bytes = path.stat().st_size
+                if found_bytes != expected.num_bytes:
+                    raise BundleCorruptError(
+                        f"{path} has {found_bytes} bytes, {MANIFEST} says {expected.num_bytes}; copy or make the bundle again"
+                    )
+                found = sha256_file(path)
+            except OSError as error:
+                raise BundleCorruptError(f"{path} cannot be read: {error.strerror}; copy or make the bundle again") from error
+            if found != expected.sha256:
+                raise BundleCorruptError(
+                    f"{path} has SHA-256 {found[:16]}..., {MANIFEST} says {expected.sha256[:16]}...; copy or make the bundle again"
+                )
+
+    def to_json(self) -> str:
+        """The text of bundle.json."""
+        content = asdict(self)
+        del content["path"]
+        return json.dumps({"schema_version": SCHEMA_VERSION, **content}, indent=2) + "\n"
+
+    def _check_paths(self) -> None:
+        named = [self.draft.model, self.tokenizer.path]
+        named += [name for name in (self.tokenizer.chat_template,) if name is not None]
+        for name in named:
+            if name not in self.files:
+                raise BundleCorruptError(f"{self.path / MANIFEST} names {name!r} but lists no such file; make the bundle again")
+        folders = [] if self.target.folder is None else [self.target.folder]
+        for name in [*self.files, *folders]:
+            pure = PurePosixPath(name)
+            outside = pure.is_absolute() or ".." in pure.parts or "\\" in name or not pure.parts
+            if outside or not (self.path / name).resolve().is_relative_to(self.path.resolve()):
+                raise BundleCorruptError(f"{self.path / MANIFEST} names {name!r}, which lies outside the bundle; do not use it")
+
+
+def is_bundle(path: str | Path) -> bool:
+    """Whether a folder claims to be a bundle."""
+    return (Path(path) / MANIFEST).is_file()
+
+
+_JSON_TYPES: dict[str, tuple[type, ...]] = {
+    "str": (str,), "int": (int,), "str | None": (str, type(None)), "dict[str, Any] | None": (dict, type(None)),
+}  # fmt: skip
+
+
+def _build(kind: type[T], entry: Any, name: str, manifest: Path) -> T:
+    """A dataclass from a JSON object; unknown, missing and wrongly typed fields are errors."""
+    if not isinstance(entry, dict):
+        raise BundleCorruptError(f"{manifest}: {name} is {type(entry).__name__}, not an object; make the bundle again")
+    known = {f.name: str(f.type) for f in fields(kind)}  # type: ignore[arg-type]  # T is always a dataclass here
+    if unknown := sorted(set(entry) - set(known)):
+        raise BundleCorruptError(f"{manifest}: unknown field {'.'.join(filter(None, [name, unknown[0]]))!r}; upgrade edgecloud")
+    for key, value in entry.items():
+        kinds = _JSON_TYPES.get(known[key]) or ((list,) if known[key].startswith("list") else None)
+        kinds = kinds or ((dict,) if known[key].startswith("dict") else None)
+        if kinds and (not isinstance(value, kinds) or isinstance(value, bool)):
+            raise BundleCorruptError(
+                f"{manifest}: {'.'.join(filter(None, [name, key]))} is {value!r}, expected {known[key]}; make the bundle again"
+            )
+    try:
+        return kind(**entry)
+    except TypeError as error:
+        raise BundleCorruptError(f"{manifest}: {name or 'the manifest'}: {error}; make the bundle again") from error
+
+
+__all__ = ["Bundle", "BundleError", "DraftInfo", "FileInfo", "TargetInfo", "TokenizerInfo", "is_bundle"]

@@ -1,0 +1,68 @@
+"""Between messages and our types, and nothing else: what is on the wire, written once for both sides."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from edgecloud.errors import ConfigError
+from edgecloud.rpc import edgecloud_pb2 as pb
+from edgecloud.sampling import SamplingSettings
+
+PROTOCOL_VERSION = 1
+SERVICE_NAME = "edgecloud.v1.Verification"
+ERROR_DETAIL_KEY = "edgecloud-error-bin"  # trailing metadata: a serialized ErrorDetail
+SESSION_ID_BYTES = 16
+
+
+def context_hash(tokens: Sequence[int]) -> int:
+    """64 bits that stand for `tokens`, so that a stale or reordered request is noticed. 0 for no tokens.
+
+    BLAKE2b over the ids as little-endian uint32.
+    """
+    if not tokens:
+        return 0
+    digest = hashlib.blake2b(np.asarray(tokens, "<u4").tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def sampling_to_wire(sampling: SamplingSettings) -> pb.Sampling:
+    """Settings that are off stay off the wire."""
+    return pb.Sampling(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=0.0 if sampling.top_p == 1.0 else sampling.top_p,
+        repetition_penalty=0.0 if sampling.repetition_penalty == 1.0 else sampling.repetition_penalty,
+        seed=sampling.seed,
+    )
+
+
+def sampling_from_wire(message: pb.Sampling) -> SamplingSettings:
+    """Raises ConfigError on a value out of range."""
+    return SamplingSettings(
+        temperature=message.temperature,
+        top_k=message.top_k,
+        top_p=message.top_p or 1.0,
+        repetition_penalty=message.repetition_penalty or 1.0,
+        seed=message.seed,
+    )
+
+
+def refuse_unknown_fields(message: Message) -> None:
+    """A field we do not know may be a setting that changes the text, so it is refused, never skipped.
+
+    Raises:
+        ConfigError: names the message and the field's number.
+    """
+    for unknown in UnknownFieldSet(message):
+        raise ConfigError(
+            f"{message.DESCRIPTOR.name} has a field number {unknown.field_number} that this version does not know; "
+            f"upgrade the older side"
+        )
+    for field, value in message.ListFields():
+        if field.message_type is not None and isinstance(value, Message):
+            refuse_unknown_fields(value)

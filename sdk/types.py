@@ -1,0 +1,142 @@
+"""The words both sides share: what a round yields, what a caller sees, what is counted."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Mode = Literal["edge", "cloud", "speculative"]  # how a token came about
+ModeChoice = Literal["auto", "edge", "cloud", "speculative"]  # what a caller may ask for
+TokenStatus = Literal["provisional", "final"]
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The target's answer to one draft."""
+
+    num_accepted: int  # length of the draft's prefix that the target would have chosen too
+    next_token_id: int  # recovered token at the first mismatch, bonus token after full acceptance
+    cost: CallCost
+
+
+@dataclass(frozen=True, slots=True)
+class CallCost:
+    """What one call to the target took. Bytes are serialized messages, all attempts together."""
+
+    target_passes: float = 0.0  # a pass shared by n requests counts 1/n
+    queue_ms: float = 0.0
+    compute_ms: float = 0.0
+    elapsed_ms: float = 0.0  # as the device saw it
+    uplink_bytes: int = 0
+    downlink_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One step of a mode's loop: tokens to append, in order, and what they took."""
+
+    token_ids: list[int]
+    mode: Mode
+    status: TokenStatus
+    num_draft_tokens: int = 0
+    num_accepted: int = 0
+    cost: CallCost = field(default_factory=CallCost)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """Tokens to show. `text` may be empty while a character is incomplete or a stop string may be forming."""
+
+    text: str
+    token_ids: list[int]
+    status: TokenStatus
+
+
+@dataclass(frozen=True, slots=True)
+class Retract:
+    """The last `num_tokens` provisional tokens were not the target's: take them off the screen."""
+
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModeChanged:
+    """From the next token on, another mode is at work."""
+
+    mode: Mode
+    reason: str
+
+
+Event = TokenEvent | Retract | ModeChanged
+
+
+@dataclass(frozen=True, slots=True)
+class ModeSpan:
+    """From generated token number `token` on: this mode, with this draft length."""
+
+    token: int
+    mode: Mode
+    num_draft_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """What one request took, as the device measured it; `target_passes` as the server counts it.
+
+    A round is one draft and its verification; the opening call that prefills the prompt drafts nothing and is not a round.
+    """
+
+    ttft_ms: float
+    tpot_ms: float
+    total_ms: float
+    rtt_ms: float | None  # median over calls of elapsed minus server time; None without a cloud
+    num_rounds: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    mean_acceptance_length: float  # 1 + accepted / rounds, as vLLM counts it
+    acceptance_histogram: list[int]  # [i]: rounds that accepted exactly i draft tokens
+    target_passes: float
+    target_passes_per_token: float
+    uplink_bytes: int
+    downlink_bytes: int
+    num_unverified_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A finished (or broken off) generation. `text` excludes special tokens and the stop string; `token_ids` hold both."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    usage: Usage
+    metrics: Metrics
+    mode_timeline: list[ModeSpan]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object that `edgecloud generate --json` prints."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What a verification service says of itself in the handshake."""
+
+    protocol_version: int
+    server_version: str
+    model_name: str
+    model_fingerprint: str
+    tokenizer_fingerprint: str
+    vocab_size: int
+    dtype: str
+    max_context_tokens: int
+    max_draft_tokens: int
