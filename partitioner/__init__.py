@@ -1,0 +1,1 @@
+"""Offline: fetch a model, export its draft, write and check a bundle."""
