@@ -1,0 +1,95 @@
+"""The attention function that lets a stock transformers model run on packed tokens and a paged cache.
+
+Registered once under a name; a model loaded with `attn_implementation=PAGED_ATTENTION` calls it in every layer and hands
+through the `paged_batch` that its forward was given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from edgecloud.kernels.attention import Segment
+from edgecloud.kernels.attention_torch import ragged_paged_attention
+
+PAGED_ATTENTION = "edgecloud_paged"
+
+
+class KVPool:
+    """Keys and values of all sessions: per layer [kv_heads, num_slots, head_dim], made when a layer first writes.
+
+    Untouched slots cost no memory until they are written, where the allocator maps lazily (CPU); on other devices the pool is
+    reserved at once.
+    """
+
+    def __init__(self, num_slots: int) -> None:
+        self.num_slots = num_slots
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store key and value rows ([kv_heads, rows, dim]) at `slots` and return the layer's whole pool."""
+        if layer not in self._layers:
+            self._layers[layer] = (
+                key.new_empty(key.shape[0], self.num_slots, key.shape[2]),
+                value.new_empty(value.shape[0], self.num_slots, value.shape[2]),
+            )
+        keys, values = self._layers[layer]
+        keys.index_copy_(1, slots, key)
+        values.index_copy_(1, slots, value)
+        return keys, values
+
+    @property
+    def bytes_per_slot(self) -> int:
+        """Bytes that one token takes, over all layers that have written."""
+        return sum(t.element_size() * t.shape[0] * t.shape[2] for pair in self._layers.values() for t in pair)
+
+
+@dataclass(frozen=True, slots=True)
+class PagedBatch:
+    """One pass: the packed tokens of several sessions and where their keys and values live."""
+
+    input_ids: Tensor  # [1, rows]
+    position_ids: Tensor  # [1, rows]
+    slots: Tensor  # [rows] int64: where each row's key and value go
+    segments: list[Segment]
+    logits_rows: Tensor  # [choices] int64: rows whose logits are wanted
+    pool: KVPool
+
+
+def paged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    *,
+    paged_batch: PagedBatch,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The signature that transformers calls. query: [1, heads, rows, head_dim] -> [1, rows, heads, head_dim]."""
+    assert attention_mask is None, "packed batches carry their own mask"
+    assert dropout == 0.0, "the target is never trained here"
+    layer: int = module.layer_idx  # type: ignore[assignment]  # transformers sets it on every attention module
+    keys, values = paged_batch.pool.write(layer, paged_batch.slots, key[0], value[0])
+    rows = query[0].transpose(0, 1).contiguous()
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = ragged_paged_attention(rows, keys, values, paged_batch.segments, scale, sliding_window, softcap)
+    return out.unsqueeze(0), None
+
+
+def register() -> None:
+    """Make the function known to transformers. Calling it again changes nothing."""
+    AttentionInterface.register(PAGED_ATTENTION, paged_attention)
+
+
+def tensor_ids(ids: list[int], device: torch.device) -> Tensor:
+    """Ids as int64 on the device."""
+    return torch.tensor(ids, dtype=torch.int64, device=device)

@@ -1,0 +1,226 @@
+"""The engine: owns target, cache and sessions, and does one thing: extend sessions, many in a pass.
+
+`step` is the whole life of a pass. One thread calls `run`; `submit` and `release` may come from any other.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections import deque
+from collections.abc import Callable
+
+from edgecloud.cloud.attention import KVPool
+from edgecloud.cloud.batcher import Job, Share, pack, plan
+from edgecloud.cloud.model import TargetModel
+from edgecloud.cloud.pages import PagePool
+from edgecloud.cloud.sessions import SessionStore
+from edgecloud.cloud.work import Answer, EngineLoad, Extend, Extended, Failed, Overloaded, Refused
+from edgecloud.errors import ConfigError
+from edgecloud.kernels.choice_torch import ChoiceRow, choose
+
+logger = logging.getLogger(__name__)
+
+RETRY_AFTER_MS = 500
+IDLE_CHECK_S = 1.0
+CANCELLED_GRACE_S = 10.0  # a client that went away may come back this long before its session is dropped
+
+
+class Engine:
+    """A target model with a paged cache of `cache_bytes`.
+
+    Raises:
+        ConfigError: the cache would not hold a single page.
+    """
+
+    def __init__(
+        self,
+        model: TargetModel,
+        *,
+        cache_bytes: int = 1 << 30,
+        page_size: int = 16,
+        max_rows: int = 512,
+        max_sessions: int = 1024,
+        idle_s: float = 300.0,
+    ) -> None:
+        num_pages = cache_bytes // (page_size * model.bytes_per_token)
+        if num_pages < 1:
+            raise ConfigError(
+                f"a cache of {cache_bytes} bytes holds no page of {page_size} tokens at {model.bytes_per_token} bytes a token; "
+                f"give it more"
+            )
+        self._model = model
+        self._max_rows = max_rows
+        self._pool = PagePool(num_pages, page_size)
+        self._kv = KVPool(num_pages * page_size)
+        self._sessions = SessionStore(self._pool, max_sessions, idle_s)
+        self._inbox: queue.SimpleQueue[Job | bytes | None] = queue.SimpleQueue()
+        self._jobs: list[Job] = []  # admitted: one a session
+        self._deferred: dict[bytes, deque[Job]] = {}  # a session does one thing at a time, the rest waits here
+        self._next_idle_check_s = 0.0
+        self._load = EngineLoad(0, 0, num_pages, num_pages)
+        self.max_context_tokens = min(model.max_context_tokens, num_pages * page_size)
+
+    def submit(self, request: Extend, answer: Callable[[Answer], None], is_cancelled: Callable[[], bool]) -> None:
+        """Queue a request. `answer` is called on the engine's thread; once for a verify, once a token for a decode."""
+        self._inbox.put(Job(request, answer, is_cancelled, time.monotonic(), draft_ids=request.draft_ids))
+
+    def release(self, session_id: bytes) -> None:
+        """Forget a session, after the requests queued before."""
+        self._inbox.put(session_id)
+
+    def stop(self) -> None:
+        """Make `run` return; requests under way are answered as failed."""
+        self._inbox.put(None)
+
+    @property
+    def load(self) -> EngineLoad:
+        """As it was after the last pass; never waits for one."""
+        return self._load
+
+    def run(self) -> None:
+        """Serve until `stop`."""
+        while self._receive():
+            self.step()
+            self._load = EngineLoad(len(self._sessions), self._num_waiting(), self._pool.num_free, self._pool.num_pages)
+        for job in [*self._jobs, *(job for waiting in self._deferred.values() for job in waiting)]:
+            job.answer(Failed("the engine was stopped"))
+
+    def _receive(self) -> bool:
+        """Take in what has come, waiting a while when there is nothing to do. False after `stop`."""
+        wait = not self._jobs
+        while True:
+            try:
+                item = self._inbox.get(block=wait, timeout=IDLE_CHECK_S)
+            except queue.Empty:
+                return True
+            wait = False
+            if item is None:
+                return False
+            if isinstance(item, bytes):
+                self._forget(item)
+            else:
+                self._admit(item)
+
+    def _num_waiting(self) -> int:
+        deferred = sum(len(waiting) for waiting in self._deferred.values())
+        return deferred + self._inbox.qsize() + sum(job.target_passes == 0 for job in self._jobs)
+
+    def step(self) -> None:
+        """One pass: plan, pack, forward, choose, advance."""
+        now = time.monotonic()
+        if now >= self._next_idle_check_s:
+            self._sessions.forget_idle(now)
+            self._next_idle_check_s = now + IDLE_CHECK_S
+        for job in [job for job in self._jobs if job.is_cancelled()]:
+            self._sessions.expire_soon(job.open_session, now + CANCELLED_GRACE_S)
+            self._finish(job)
+        shares, starved = plan(self._jobs, self._sessions, self._max_rows)
+        if starved and not shares:  # nobody can go on: the youngest makes room
+            self._finish(starved[-1], Overloaded("the key-value cache is full", RETRY_AFTER_MS))
+        if not shares:
+            return
+        started = time.perf_counter()
+        try:
+            batch = pack(shares, self._kv, self._model.device)
+            logits = self._model.forward(batch)
+            choices = choose(logits, [row for share in shares for row in _choice_rows(share)])
+        except Exception as error:  # a broken pass must not take the other sessions down
+            logger.exception("a pass over %d requests failed", len(shares))
+            for share in shares:
+                share.job.open_session.table.crop_to(share.start)
+                self._finish(share.job, Failed(f"{type(error).__name__}: {error}"))
+            return
+        compute_ms = (time.perf_counter() - started) * 1e3
+        at = 0
+        for share in shares:
+            share.job.choices += choices[at : at + share.num_choices]
+            at += share.num_choices
+            share.job.compute_ms += compute_ms
+            share.job.target_passes += 1 / len(shares)
+            share.job.open_session.table.length = share.stop
+            self._advance(share.job)
+
+    def _admit(self, job: Job) -> None:
+        """Bring the session's tokens to what the request says, or answer at once."""
+        request = job.request
+        known = self._sessions.get(request.session_id)
+        if known is not None and known.busy:
+            self._deferred.setdefault(request.session_id, deque()).append(job)
+            return
+        if job.is_cancelled():
+            return
+        if request.context_start and known is None:
+            job.answer(Refused(0))
+            return
+        if known is not None and not known.vouches_for(request.context_start, request.context_hash):
+            job.answer(Refused(len(known.tokens) if request.context_start > len(known.tokens) else 0))
+            return
+        session = self._sessions.open(request.session_id, time.monotonic())
+        if session is None:
+            job.answer(Overloaded("every session is busy", RETRY_AFTER_MS))
+            return
+        session.busy = True
+        job.session = session
+        job.context_length = request.context_start + len(request.context_ids)
+        session.replace_from(request.context_start, request.context_ids + request.draft_ids)
+        session.table.crop_to(job.context_length - 1)  # the logits of the context's last token are needed
+        self._jobs.append(job)
+
+    def _finish(self, job: Job, answer: Answer | None = None) -> None:
+        """Take a job off the list, answer it, and let the session's next one in."""
+        session = job.open_session
+        self._jobs.remove(job)
+        session.busy = False
+        if answer is not None:
+            session.last_used_s = time.monotonic()
+            job.answer(answer)
+        waiting = self._deferred.pop(session.session_id, None)
+        while waiting and not session.busy:
+            self._admit(waiting.popleft())
+        if waiting:
+            self._deferred[session.session_id] = waiting
+        elif session.released and not session.busy:
+            self._sessions.forget(session.session_id)
+
+    def _forget(self, session_id: bytes) -> None:
+        session = self._sessions.get(session_id)
+        if session is not None and session.busy:
+            session.released = True  # its last job lets it go
+        else:
+            self._sessions.forget(session_id)
+
+    def _advance(self, job: Job) -> None:
+        """After a pass: answer, go on decoding, or wait for the next chunk."""
+        session = job.open_session
+        if len(job.choices) < len(job.draft_ids) + 1:
+            return
+        num_accepted = 0
+        while num_accepted < len(job.draft_ids) and job.choices[num_accepted] == job.draft_ids[num_accepted]:
+            num_accepted += 1
+        token = job.choices[num_accepted]
+        cached = job.context_length + num_accepted
+        session.tokens[cached:] = [token]
+        session.table.crop_to(cached)
+        job.num_emitted += 1
+        request = job.request
+        full = len(session.tokens) >= self.max_context_tokens
+        last = job.num_emitted >= request.max_new_tokens or token in request.stop_token_ids or full
+        now = time.monotonic()
+        queue_ms = max(0.0, (now - job.arrived_s) * 1e3 - job.compute_ms)
+        answer = Extended(num_accepted, token, len(session.tokens), queue_ms, job.compute_ms, job.target_passes, last)
+        if last:
+            self._finish(job, answer)
+            return
+        job.answer(answer)
+        job.context_length = len(session.tokens)
+        job.draft_ids = ()
+        job.choices = []
+        job.arrived_s, job.compute_ms, job.target_passes = now, 0.0, 0.0
+
+
+def _choice_rows(share: Share) -> list[ChoiceRow]:
+    tokens = share.job.open_session.tokens
+    first = share.stop - share.num_choices
+    return [ChoiceRow(tokens[: position + 1], share.job.request.sampling) for position in range(first, share.stop)]

@@ -1,0 +1,149 @@
+"""The target: a stock Hugging Face causal LM, run on packed tokens through the paged cache."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from edgecloud.cloud.attention import PAGED_ATTENTION, KVPool, PagedBatch, register, tensor_ids
+from edgecloud.cloud.pages import PagePool, PageTable
+from edgecloud.errors import ConfigError, ModelError
+from edgecloud.fingerprint import read_json
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PROBE_TOKENS = 24
+# Largest difference of logits, relative to their spread, between the paged path and the stock one that is rounding.
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+
+
+class TargetModel:
+    """Loads a folder and turns packed batches into logits.
+
+    Raises:
+        ModelError: no such folder, broken files, or an architecture that the paged path cannot run exactly.
+    """
+
+    def __init__(self, folder: Path, dtype: str = "auto", device: str = "cpu") -> None:
+        self.folder = folder
+        self.device = torch.device(device)
+        self._model = _load(folder, _dtype(folder, dtype), self.device)
+        self.dtype = next(self._model.parameters()).dtype
+        config = self._model.config.get_text_config()
+        self.vocab_size: int = config.vocab_size
+        self.max_context_tokens: int = getattr(config, "max_position_embeddings", 2**31 - 1)
+        self.num_parameters: int = self._model.num_parameters()
+        self.bytes_per_token = self._probe()
+
+    def forward(self, batch: PagedBatch) -> Tensor:
+        """One pass over the weights.  -> [choices, vocab] of the model's dtype"""
+        with torch.inference_mode():
+            logits: Tensor = self._model(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                logits_to_keep=batch.logits_rows,
+                paged_batch=batch,
+            ).logits[0]
+        return logits
+
+    def _probe(self) -> int:
+        """Run a few tokens both ways and compare; returns the cache's bytes per token.
+
+        An architecture whose state is not keys and values per position (recurrent layers, shared or cross-layer caches)
+        differs here, and is refused rather than served wrongly.
+        """
+        ids = [(7919 * i + 13) % self.vocab_size for i in range(PROBE_TOKENS)]
+        pool = KVPool(2 * PROBE_TOKENS)
+        table = PageTable(PagePool(2 * PROBE_TOKENS, 1))
+        paged = [self.forward(_single(ids, start, stop, table, pool, self.device)) for start, stop in ((0, 16), (16, PROBE_TOKENS))]
+        self._model.set_attn_implementation("sdpa" if self._model._supports_sdpa else "eager")
+        try:
+            with torch.inference_mode():
+                stock = self._model(input_ids=tensor_ids(ids, self.device)[None], use_cache=False).logits[0]
+        finally:
+            self._model.set_attn_implementation(PAGED_ATTENTION)
+        difference = (torch.cat(paged).float() - stock.float()).abs().max().item()
+        spread = stock.float().std().item()
+        if not difference <= PROBE_TOLERANCE[self.dtype] * max(spread, 1e-3):
+            raise ModelError(
+                f"{self.folder}: logits of the paged path differ from the stock model's by {difference:.3g} "
+                f"(spread {spread:.3g}); this architecture ({self._model.config.model_type}) is not supported as a target"
+            )
+        return pool.bytes_per_slot
+
+
+def eos_token_ids(folder: Path) -> list[int]:
+    """The ids that end a generation, from generation_config.json, else config.json."""
+    try:
+        eos = GenerationConfig.from_pretrained(folder).eos_token_id
+    except OSError:
+        eos = read_json(folder / "config.json").get("eos_token_id")
+    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+
+def check_safetensors(folder: Path) -> None:
+    """Open the header of every weight file. Raises ModelError that names the first broken one."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{folder} holds no *.safetensors file; save the model with save_pretrained")
+    for path in files:
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path} is truncated or damaged ({error}); fetch or copy it again") from error
+
+
+def _dtype(folder: Path, name: str) -> torch.dtype:
+    if name == "auto":
+        config = read_json(folder / "config.json")
+        name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    if name not in DTYPES:
+        raise ConfigError(f"dtype is {name!r}; it takes auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    register()
+    check_safetensors(folder)
+    transformers_logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            attn_implementation=PAGED_ATTENTION,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
+        raise ModelError(f"{folder} cannot be loaded as a causal language model: {error}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(f"{folder} lacks weights, the first is {missing[0]!r} of {len(missing)}; fetch or copy it again")
+    model = model.eval().to(device)
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def _single(ids: list[int], start: int, stop: int, table: PageTable, pool: KVPool, device: torch.device) -> PagedBatch:
+    """A batch of one session's tokens from `start` to `stop`, all logits wanted."""
+    from edgecloud.kernels.attention import Segment
+
+    table.reserve(stop)
+    return PagedBatch(
+        input_ids=tensor_ids(ids[start:stop], device)[None],
+        position_ids=tensor_ids(list(range(start, stop)), device)[None],
+        slots=tensor_ids(table.slots(start, stop), device),
+        segments=[Segment(0, stop - start, stop, table.runs(stop))],
+        logits_rows=tensor_ids(list(range(stop - start)), device),
+        pool=pool,
+    )

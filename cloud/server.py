@@ -1,0 +1,210 @@
+"""A server's life: load the target, open the port, serve until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import grpc
+import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from edgecloud.bundle import Bundle, is_bundle
+from edgecloud.cloud.engine import Engine
+from edgecloud.cloud.model import TargetModel
+from edgecloud.cloud.runner import EngineThread
+from edgecloud.cloud.service import Identity, Limits, VerificationService
+from edgecloud.errors import BundleError, ConfigError, ModelError, ServerError
+from edgecloud.fingerprint import model_fingerprint, tokenizer_fingerprint
+from edgecloud.rpc import codec
+from edgecloud.rpc import edgecloud_pb2_grpc as pb_grpc
+
+STOP_GRACE_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """How to serve. Raises ConfigError when it would expose plaintext by accident."""
+
+    host: str = "127.0.0.1"
+    port: int = 7070  # 0: any free one
+    dtype: str = "auto"
+    device: str = "cpu"
+    num_threads: int = 0  # of torch; 0: as many as this process may use
+    cache_bytes: int = 1 << 30  # key-value cache
+    page_size: int = 16  # tokens
+    max_pass_tokens: int = 512  # rows of one pass; a longer prompt takes several
+    max_draft_tokens: int = 32
+    max_sessions: int = 1024
+    max_message_bytes: int = 1 << 20
+    idle_s: float = 300.0  # an unused session is dropped after this
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    client_ca: Path | None = None  # mutual TLS: clients must show a certificate signed by it
+    insecure: bool = False  # plaintext off loopback
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without touching the machine."""
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigError("--tls-cert and --tls-key go together; give both")
+        if self.client_ca is not None and self.tls_cert is None:
+            raise ConfigError("--client-ca needs --tls-cert and --tls-key")
+        if self.tls_cert is None and not self.insecure and not _is_loopback(self.host):
+            raise ConfigError(f"host {self.host} is not loopback: give --tls-cert and --tls-key, or --insecure to serve plaintext")
+        if not 0 <= self.port < 65536:
+            raise ConfigError(f"port is {self.port}; it takes 0 (any) to 65535")
+        for name in ("page_size", "max_pass_tokens", "max_draft_tokens", "max_sessions", "cache_bytes", "max_message_bytes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it takes at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What a server says when it listens."""
+
+    address: str
+    model_name: str
+    model_fingerprint: str
+    dtype: str
+    device: str
+    max_context_tokens: int
+    tls: bool
+
+
+def serve(model: Path, config: ServerConfig, on_serving: Callable[[Serving], None]) -> None:
+    """Serve a bundle's target or a Hugging Face folder until SIGINT or SIGTERM.
+
+    Raises:
+        ModelError, BundleError: it cannot be served.
+        ServerError: the port is taken, or certificates cannot be read.
+    """
+    credentials = _credentials(config)
+    _check_port_free(config.host, config.port)
+    folder, name, expected = _target(model)
+    fingerprint = model_fingerprint(folder)
+    if expected is not None and fingerprint != expected:
+        raise ModelError(f"{folder} has fingerprint {fingerprint}, its bundle says {expected}; make the bundle again")
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    target = TargetModel(folder, config.dtype, config.device)
+    engine = Engine(
+        target,
+        cache_bytes=config.cache_bytes,
+        page_size=config.page_size,
+        max_rows=config.max_pass_tokens,
+        max_sessions=config.max_sessions,
+        idle_s=config.idle_s,
+    )
+    identity = Identity(
+        server_version=metadata.version("edgecloud"),
+        model_name=name,
+        model_fingerprint=fingerprint,
+        tokenizer_fingerprint=tokenizer_fingerprint(folder / "tokenizer.json"),
+        vocab_size=target.vocab_size,
+        dtype=str(target.dtype).removeprefix("torch."),
+    )
+    limits = Limits(engine.max_context_tokens, config.max_draft_tokens, config.max_message_bytes, config.max_sessions)
+    with EngineThread(engine) as runner:
+        service = VerificationService(runner, identity, limits)
+        asyncio.run(_serve(service, config, credentials, identity, limits, on_serving))
+
+
+async def _serve(
+    service: VerificationService,
+    config: ServerConfig,
+    credentials: grpc.ServerCredentials | None,
+    identity: Identity,
+    limits: Limits,
+    on_serving: Callable[[Serving], None],
+) -> None:
+    server = grpc.aio.server(
+        options=[
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", limits.max_message_bytes),
+            ("grpc.max_concurrent_streams", 256),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+        ]
+    )
+    pb_grpc.add_VerificationServicer_to_server(service, server)
+    checks = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    reflection.enable_server_reflection((codec.SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    address = f"{config.host}:{config.port}" if ":" not in config.host else f"[{config.host}]:{config.port}"
+    try:
+        port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise ServerError(f"cannot listen on {address} ({error}); choose another --port or --host") from error
+    for name in ("", codec.SERVICE_NAME):
+        await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
+    await server.start()
+    stopping = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    on_serving(
+        Serving(
+            address=f"{address.rpartition(':')[0]}:{port}",
+            model_name=identity.model_name,
+            model_fingerprint=identity.model_fingerprint,
+            dtype=identity.dtype,
+            device=config.device,
+            max_context_tokens=limits.max_context_tokens,
+            tls=credentials is not None,
+        )
+    )
+    await stopping.wait()
+    await checks.enter_graceful_shutdown()
+    await server.stop(STOP_GRACE_S)
+
+
+def _target(model: Path) -> tuple[Path, str, str | None]:
+    """Folder, name and expected fingerprint of what to serve."""
+    if not is_bundle(model):
+        if not model.is_dir():
+            raise ModelError(f"no such model folder: {model}; give a bundle or a Hugging Face folder (`edgecloud fetch` makes one)")
+        return model, model.resolve().name, None
+    bundle = Bundle.open(model)
+    if bundle.target_folder is None:
+        raise BundleError(f"{model} carries no target, only the id {bundle.target.hub_id}; download it and serve that folder")
+    if not bundle.target_folder.is_dir():
+        raise BundleError(f"{bundle.target_folder} does not exist: this is the device's part of a bundle; serve the whole one")
+    bundle.verify_files("cloud")
+    return bundle.target_folder, bundle.target.name, bundle.target.fingerprint
+
+
+def _credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
+    if config.tls_cert is None or config.tls_key is None:
+        return None
+    try:
+        pair = (config.tls_key.read_bytes(), config.tls_cert.read_bytes())
+        client_ca = None if config.client_ca is None else config.client_ca.read_bytes()
+    except OSError as error:
+        raise ServerError(f"{error.filename} cannot be read: {error.strerror}") from error
+    return grpc.ssl_server_credentials([pair], client_ca, require_client_auth=client_ca is not None)
+
+
+def _check_port_free(host: str, port: int) -> None:
+    """Find a taken port before the model is loaded. Raises ServerError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ServerError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port or --host") from error
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,191 @@
+"""The gRPC service: checks what comes over the wire, asks the engine, and maps its answers to replies and status codes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import NoReturn
+
+import grpc
+from grpc.aio import ServicerContext
+
+from edgecloud.cloud.runner import AsyncEngine
+from edgecloud.cloud.work import Answer, Extend, Extended, Failed, Overloaded, Refused
+from edgecloud.errors import ConfigError
+from edgecloud.rpc import codec
+from edgecloud.rpc import edgecloud_pb2 as pb
+from edgecloud.rpc import edgecloud_pb2_grpc as pb_grpc
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a request may ask for; told by Describe."""
+
+    max_context_tokens: int
+    max_draft_tokens: int = 32
+    max_message_bytes: int = 1 << 20
+    max_sessions: int = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What is served; told by Describe."""
+
+    server_version: str
+    model_name: str
+    model_fingerprint: str
+    tokenizer_fingerprint: str
+    vocab_size: int
+    dtype: str
+
+
+class VerificationService(pb_grpc.VerificationServicer):
+    """Stateless: sessions live in the engine."""
+
+    def __init__(self, engine: AsyncEngine, identity: Identity, limits: Limits) -> None:
+        self._engine = engine
+        self._identity = identity
+        self._limits = limits
+
+    async def Describe(  # noqa: N802  # gRPC's names
+        self, request: pb.DescribeRequest, context: ServicerContext[pb.DescribeRequest, pb.DescribeReply]
+    ) -> pb.DescribeReply:
+        """Protocol, fingerprints, limits, load."""
+        load = self._engine.load
+        identity, limits = self._identity, self._limits
+        return pb.DescribeReply(
+            protocol_version=codec.PROTOCOL_VERSION,
+            server_version=identity.server_version,
+            model_name=identity.model_name,
+            model_fingerprint=identity.model_fingerprint,
+            tokenizer_fingerprint=identity.tokenizer_fingerprint,
+            vocab_size=identity.vocab_size,
+            dtype=identity.dtype,
+            limits=pb.Limits(
+                max_context_tokens=limits.max_context_tokens,
+                max_draft_tokens=limits.max_draft_tokens,
+                max_message_bytes=limits.max_message_bytes,
+                max_sessions=limits.max_sessions,
+            ),
+            load=pb.Load(
+                num_sessions=load.num_sessions,
+                num_waiting=load.num_waiting,
+                num_free_pages=load.num_free_pages,
+                num_pages=load.num_pages,
+            ),
+        )
+
+    async def Verify(  # noqa: N802
+        self, request: pb.VerifyRequest, context: ServicerContext[pb.VerifyRequest, pb.VerifyReply]
+    ) -> pb.VerifyReply:
+        """One draft, one verdict."""
+        try:
+            extend = self._extend(request)
+        except ConfigError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        async with aclosing(self._engine.extend(extend)) as answers:  # type: ignore[type-var]  # an async generator
+            async for answer in answers:
+                if not isinstance(answer, Extended):
+                    await _abort(context, answer)
+                return pb.VerifyReply(
+                    num_accepted=answer.num_accepted,
+                    next_token_id=answer.next_token_id,
+                    cached_length=answer.cached_length,
+                    queue_ms=answer.queue_ms,
+                    compute_ms=answer.compute_ms,
+                    target_passes=answer.target_passes,
+                    num_waiting=self._engine.load.num_waiting,
+                )
+        await context.abort(grpc.StatusCode.INTERNAL, "the engine gave no answer")
+
+    async def Decode(  # noqa: N802
+        self, request: pb.DecodeRequest, context: ServicerContext[pb.DecodeRequest, pb.DecodeReply]
+    ) -> AsyncIterator[pb.DecodeReply]:
+        """The target's own tokens, one a message."""
+        try:
+            extend = self._extend(request)
+        except ConfigError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        async with aclosing(self._engine.extend(extend)) as answers:  # type: ignore[type-var]
+            async for answer in answers:
+                if not isinstance(answer, Extended):
+                    await _abort(context, answer)
+                yield pb.DecodeReply(
+                    token_ids=[answer.next_token_id],
+                    queue_ms=answer.queue_ms,
+                    compute_ms=answer.compute_ms,
+                    target_passes=answer.target_passes,
+                )
+
+    async def Release(  # noqa: N802
+        self, request: pb.ReleaseRequest, context: ServicerContext[pb.ReleaseRequest, pb.ReleaseReply]
+    ) -> pb.ReleaseReply:
+        """Forget a session; an unknown one is fine."""
+        try:
+            codec.refuse_unknown_fields(request)
+            _check_session_id(request.session_id)
+        except ConfigError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        self._engine.release(request.session_id)
+        return pb.ReleaseReply()
+
+    def _extend(self, request: pb.VerifyRequest | pb.DecodeRequest) -> Extend:
+        """Check a request against limits and vocabulary. Raises ConfigError that names the value."""
+        codec.refuse_unknown_fields(request)
+        _check_session_id(request.session_id)
+        context_ids = tuple(request.context_ids)
+        draft_ids = tuple(request.draft_ids) if isinstance(request, pb.VerifyRequest) else ()
+        max_new_tokens = 1 if isinstance(request, pb.VerifyRequest) else request.max_new_tokens
+        stop_ids = frozenset() if isinstance(request, pb.VerifyRequest) else frozenset(request.stop_token_ids)
+        if request.context_start < 0:
+            raise ConfigError(f"context_start is {request.context_start}; it takes a position from 0")
+        length = request.context_start + len(context_ids)
+        if length < 1:
+            raise ConfigError("the context is empty; send at least one token")
+        if max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens is {max_new_tokens}; it takes at least 1")
+        if len(draft_ids) > self._limits.max_draft_tokens:
+            raise ConfigError(f"the draft has {len(draft_ids)} tokens; this service takes at most {self._limits.max_draft_tokens}")
+        if length + len(draft_ids) > self._limits.max_context_tokens:
+            raise ConfigError(
+                f"context and draft have {length + len(draft_ids)} tokens; "
+                f"this service's window is {self._limits.max_context_tokens}"
+            )
+        highest = max(max(context_ids, default=0), max(draft_ids, default=0))
+        if highest >= self._identity.vocab_size:
+            raise ConfigError(f"token id {highest} is outside the vocabulary of {self._identity.vocab_size}")
+        return Extend(
+            session_id=request.session_id,
+            context_start=request.context_start,
+            context_ids=context_ids,
+            context_hash=request.context_hash,
+            sampling=codec.sampling_from_wire(request.sampling),
+            draft_ids=draft_ids,
+            max_new_tokens=min(max_new_tokens, self._limits.max_context_tokens - length + 1),
+            stop_token_ids=stop_ids,
+        )
+
+
+def _check_session_id(session_id: bytes) -> None:
+    if len(session_id) != codec.SESSION_ID_BYTES:
+        raise ConfigError(f"session_id has {len(session_id)} bytes; it takes {codec.SESSION_ID_BYTES} random ones")
+
+
+async def _abort(context: ServicerContext[object, object], answer: Answer) -> NoReturn:
+    """Turn an engine's refusal into a status. Always raises."""
+    detail = pb.ErrorDetail()
+    match answer:
+        case Refused(cached_length):
+            code = grpc.StatusCode.FAILED_PRECONDITION
+            message = f"the session's first {cached_length} tokens are known here; send the rest"
+            detail.cached_length = cached_length
+        case Overloaded(reason, retry_after_ms):
+            code, message = grpc.StatusCode.RESOURCE_EXHAUSTED, f"{reason}; come again in {retry_after_ms} ms"
+            detail.retry_after_ms = retry_after_ms
+        case Failed(reason):
+            code, message = grpc.StatusCode.INTERNAL, f"the pass failed: {reason}"
+        case _:
+            raise AssertionError(answer)
+    await context.abort(code, message, ((codec.ERROR_DETAIL_KEY, detail.SerializeToString()),))
+    raise AssertionError("abort returned")

@@ -1,0 +1,77 @@
+"""What an engine is asked and what it answers: the words between the front end and whoever owns the accelerator.
+
+Plain data, so that the engine can move to a process of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgecloud.sampling import SamplingSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Extend:
+    """Extend a session and choose: prefill, verify and decode alike.
+
+    The session's tokens before `context_start` must hash to `context_hash`; `context_ids` follow them. One pass over
+    `draft_ids` gives the target's choice after the context and after every draft token. With `max_new_tokens` above 1 (and no
+    draft) the choice is appended and the engine goes on, until a stop token or the limit.
+    """
+
+    session_id: bytes
+    context_start: int
+    context_ids: tuple[int, ...]
+    context_hash: int
+    sampling: SamplingSettings
+    draft_ids: tuple[int, ...] = ()
+    max_new_tokens: int = 1
+    stop_token_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Extended:
+    """The answer to an Extend: one for a verify, one a token for a decode."""
+
+    num_accepted: int
+    next_token_id: int
+    cached_length: int  # tokens the session now has, next_token_id included
+    queue_ms: float  # since the request came, or since the token before, less compute
+    compute_ms: float
+    target_passes: float
+    last: bool  # nothing follows
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The session's tokens before `context_start` are not what the client means; `cached_length` can be vouched for."""
+
+    cached_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Overloaded:
+    """No room now."""
+
+    reason: str
+    retry_after_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The engine broke on this request."""
+
+    reason: str
+
+
+Answer = Extended | Refused | Overloaded | Failed
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """How busy an engine is."""
+
+    num_sessions: int
+    num_waiting: int
+    num_free_pages: int
+    num_pages: int

@@ -1,0 +1,54 @@
+"""`edgecloud serve`: the verification service."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgecloud.cli.app import app
+from edgecloud.cli.output import JsonFlag, print_json
+
+
+@app.command()
+def serve(
+    model: Annotated[Path, typer.Argument(metavar="BUNDLE_OR_MODEL", help="A bundle, or a Hugging Face folder with safetensors.")],
+    host: Annotated[str, typer.Option(help="Address to listen on. Off loopback it takes TLS or --insecure.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes any free port and prints it.")] = 7070,
+    dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16, float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1. CUDA has never been run by us.")] = "cpu",
+    threads: Annotated[int, typer.Option(help="Threads of torch. 0: as many as this process may use.")] = 0,
+    cache_mb: Annotated[int, typer.Option(help="Key-value cache in MiB.")] = 1024,
+    page_size: Annotated[int, typer.Option(help="Tokens a page.")] = 16,
+    max_pass_tokens: Annotated[int, typer.Option(help="Most tokens of one pass; longer prompts take several.")] = 512,
+    max_draft_tokens: Annotated[int, typer.Option(help="Longest draft a client may send.")] = 32,
+    max_sessions: Annotated[int, typer.Option(help="Most sessions; idle ones make room.")] = 1024,
+    idle_s: Annotated[float, typer.Option(help="Seconds until an unused session is dropped.")] = 300.0,
+    tls_cert: Annotated[Path | None, typer.Option(help="PEM certificate chain.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM private key.")] = None,
+    client_ca: Annotated[Path | None, typer.Option(help="PEM certificates that clients' must be signed by.")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Allow plaintext off loopback.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Serve the target model: verify drafts, decode, over gRPC."""
+    from edgecloud.cloud.server import ServerConfig, Serving
+    from edgecloud.cloud.server import serve as serve_until_stopped
+
+    config = ServerConfig(
+        host=host, port=port, dtype=dtype, device=device, num_threads=threads, cache_bytes=cache_mb << 20, page_size=page_size,
+        max_pass_tokens=max_pass_tokens, max_draft_tokens=max_draft_tokens, max_sessions=max_sessions, idle_s=idle_s,
+        tls_cert=tls_cert, tls_key=tls_key, client_ca=client_ca, insecure=insecure,
+    )  # fmt: skip
+
+    def on_serving(serving: Serving) -> None:
+        if json:
+            print_json(asdict(serving))
+        sys.stderr.write(
+            f"serving {serving.model_name} ({serving.dtype} on {serving.device}, window {serving.max_context_tokens} tokens) "
+            f"on {serving.address}{'' if serving.tls else ', plaintext'}\n"
+        )
+
+    serve_until_stopped(model, config, on_serving)
