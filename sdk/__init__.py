@@ -1,0 +1,126 @@
+"""edgecloud: a small model on the device drafts, a large model in the cloud verifies, and the text is the cloud's own.
+
+    client = edgecloud.Client("build/smol", cloud="127.0.0.1:7070")
+    reply = client.generate("Why is the sky blue?", max_new_tokens=64)
+
+Names load when they are first used: importing this package loads neither torch nor transformers nor onnxruntime.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edgecloud.aio import AsyncClient
+    from edgecloud.bundle import Bundle
+    from edgecloud.client import Client
+    from edgecloud.edge.remote import TLS
+    from edgecloud.edge.retry import Timeout
+    from edgecloud.errors import (
+        BundleCorruptError,
+        BundleError,
+        BundleNotFoundError,
+        BundleVersionError,
+        CloudError,
+        CloudOverloadedError,
+        CloudRefusedError,
+        CloudUnavailableError,
+        ConfigError,
+        ContextLengthError,
+        DeadlineExceededError,
+        EdgecloudError,
+        FetchError,
+        ModelError,
+        ModelMismatchError,
+        ProtocolError,
+        ServerError,
+        TokenizerMismatchError,
+    )
+    from edgecloud.sampling import SamplingSettings
+    from edgecloud.session import Session
+    from edgecloud.types import Metrics, ModeChanged, ModeSpan, Reply, Retract, Service, TokenEvent, Usage
+
+_HOMES = {
+    "AsyncClient": "aio",
+    "Bundle": "bundle",
+    "BundleCorruptError": "errors",
+    "BundleError": "errors",
+    "BundleNotFoundError": "errors",
+    "BundleVersionError": "errors",
+    "Client": "client",
+    "CloudError": "errors",
+    "CloudOverloadedError": "errors",
+    "CloudRefusedError": "errors",
+    "CloudUnavailableError": "errors",
+    "ConfigError": "errors",
+    "ContextLengthError": "errors",
+    "DeadlineExceededError": "errors",
+    "EdgecloudError": "errors",
+    "FetchError": "errors",
+    "Metrics": "types",
+    "ModeChanged": "types",
+    "ModeSpan": "types",
+    "ModelError": "errors",
+    "ModelMismatchError": "errors",
+    "ProtocolError": "errors",
+    "Reply": "types",
+    "Retract": "types",
+    "SamplingSettings": "sampling",
+    "ServerError": "errors",
+    "Service": "types",
+    "Session": "session",
+    "TLS": "edge.remote",
+    "Timeout": "edge.retry",
+    "TokenEvent": "types",
+    "TokenizerMismatchError": "errors",
+    "Usage": "types",
+}
+
+__all__ = [
+    "TLS",
+    "AsyncClient",
+    "Bundle",
+    "BundleCorruptError",
+    "BundleError",
+    "BundleNotFoundError",
+    "BundleVersionError",
+    "Client",
+    "CloudError",
+    "CloudOverloadedError",
+    "CloudRefusedError",
+    "CloudUnavailableError",
+    "ConfigError",
+    "ContextLengthError",
+    "DeadlineExceededError",
+    "EdgecloudError",
+    "FetchError",
+    "Metrics",
+    "ModeChanged",
+    "ModeSpan",
+    "ModelError",
+    "ModelMismatchError",
+    "ProtocolError",
+    "Reply",
+    "Retract",
+    "SamplingSettings",
+    "ServerError",
+    "Service",
+    "Session",
+    "Timeout",
+    "TokenEvent",
+    "TokenizerMismatchError",
+    "Usage",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

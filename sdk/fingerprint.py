@@ -1,4 +1,4 @@
-"""What makes two machines sure that they mean the same model: SHA-256 over what decides the text, and over nothing else."""
+"""What makes two machines sure that they mean the same model: SHA-256 over what decides the text, nothing else."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ def model_fingerprint(folder: Path) -> str:
     digest = hashlib.sha256()
     digest.update(_canonical(read_json(folder / "config.json"), CONFIG_NOISE))
     for path in weights:
-        digest.update(f"{path.name} {sha256_file(path)}\n".encode())
+        try:
+            digest.update(f"{path.name} {sha256_file(path)}\n".encode())
+        except OSError as error:
+            raise ModelError(f"{path} cannot be read: {error.strerror}") from error
     return digest.hexdigest()
 
 
@@ -47,7 +50,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path} does not exist; a Hugging Face model folder has one") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path} holds a {type(content).__name__}, not a JSON object")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from numbers import Real
 
 from edgecloud.errors import ConfigError
+
+MIN_TEMPERATURE = 1e-6  # above 0; far below it, dividing the logits would overflow float64
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +26,14 @@ class SamplingSettings:
 
     def __post_init__(self) -> None:
         """Check every value once, for the user's arguments and for the wire alike."""
-        _require(math.isfinite(self.temperature) and 0.0 <= self.temperature <= 100.0, "temperature", self.temperature, "0 to 100")
-        _require(_is_int(self.top_k) and 0 <= self.top_k < 2**31, "top_k", self.top_k, "a whole number from 0 (off)")
-        _require(math.isfinite(self.top_p) and 0.0 < self.top_p <= 1.0, "top_p", self.top_p, "above 0 and at most 1 (off)")
+        t, k, p, penalty = self.temperature, self.top_k, self.top_p, self.repetition_penalty
+        # NaN fails every comparison, infinity one of two.
         _require(
-            math.isfinite(self.repetition_penalty) and 0.01 <= self.repetition_penalty <= 100.0,
-            "repetition_penalty", self.repetition_penalty, "0.01 to 100, 1 is off",
-        )  # fmt: skip
+            _is_real(t) and (t == 0 or MIN_TEMPERATURE <= t <= 100), "temperature", t, "0 (greedy), or 1e-6 to 100"
+        )
+        _require(_is_int(k) and 0 <= k < 2**31, "top_k", k, "a whole number from 0 (off) to 2**31 - 1")
+        _require(_is_real(p) and 0 < p <= 1, "top_p", p, "a number above 0 and at most 1 (off)")
+        _require(_is_real(penalty) and 0.01 <= penalty <= 100, "repetition_penalty", penalty, "0.01 to 100, 1 is off")
         _require(_is_int(self.seed) and 0 <= self.seed < 2**64, "seed", self.seed, "a whole number from 0 to 2**64 - 1")
 
     @property
@@ -43,6 +46,18 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_real(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def _require(holds: bool, name: str, value: object, allowed: str) -> None:
     if not holds:
-        raise ConfigError(f"{name} is {value!r}; it takes {allowed}")
+        raise ConfigError(f"{name} is {_shown(value)}; it takes {allowed}")
+
+
+def _shown(value: object) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        text = "an integer of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -92,7 +92,7 @@ class Usage:
 class Metrics:
     """What one request took, as the device measured it; `target_passes` as the server counts it.
 
-    A round is one draft and its verification; the opening call that prefills the prompt drafts nothing and is not a round.
+    A round is one draft and its verification; the opening call that prefills the prompt drafts nothing and is no round.
     """
 
     ttft_ms: float
@@ -113,7 +113,7 @@ class Metrics:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A finished (or broken off) generation. `text` excludes special tokens and the stop string; `token_ids` hold both."""
+    """A generation, finished or broken off. `text` excludes special tokens and the stop string; `token_ids` hold them."""
 
     text: str
     token_ids: list[int]

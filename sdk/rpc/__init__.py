@@ -1,1 +1,1 @@
-"""The wire: edgecloud.proto, the code generated from it (`make proto`), and the codec between messages and our types."""
+"""The wire: edgecloud.proto, the code generated from it (`make proto`), and the codec between messages and types."""

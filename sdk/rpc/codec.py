@@ -58,11 +58,14 @@ def refuse_unknown_fields(message: Message) -> None:
     Raises:
         ConfigError: names the message and the field's number.
     """
-    for unknown in UnknownFieldSet(message):
+    unknown = UnknownFieldSet(message)
+    if len(unknown):
         raise ConfigError(
-            f"{message.DESCRIPTOR.name} has a field number {unknown.field_number} that this version does not know; "
+            f"{message.DESCRIPTOR.name} has a field number {unknown[0].field_number} that this version does not know; "
             f"upgrade the older side"
         )
     for field, value in message.ListFields():
-        if field.message_type is not None and isinstance(value, Message):
-            refuse_unknown_fields(value)
+        if field.message_type is None:
+            continue
+        for inner in [value] if isinstance(value, Message) else value:  # else: a repeated message
+            refuse_unknown_fields(inner)

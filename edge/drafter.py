@@ -1,0 +1,36 @@
+"""The draft model as a drafter: it guesses with the same coupled choice that the target decides by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from functools import cached_property
+
+from edgecloud.edge.model import DraftModel
+from edgecloud.kernels.choice import choose
+from edgecloud.sampling import SamplingSettings
+
+
+class ModelDrafter:
+    """Implements `protocols.Drafter` on a DraftModel, loaded when it is first needed. Remembers nothing but the model's cache."""
+
+    def __init__(self, load: Callable[[], DraftModel]) -> None:
+        self._load = load
+
+    @cached_property
+    def _model(self) -> DraftModel:
+        return self._load()
+
+    def prefill(self, tokens: Sequence[int]) -> None:
+        """Read the prompt. The logits are thrown away: the first draft finds the cache warm."""
+        self._model.extend_to(list(tokens))
+
+    def draft(
+        self, tokens: Sequence[int], num_draft_tokens: int, sampling: SamplingSettings, stop_token_ids: Collection[int]
+    ) -> list[int]:
+        """Guess one token after another. Raises ContextLengthError when the draft model's window is full."""
+        guessed = list(tokens)
+        for _ in range(num_draft_tokens):
+            guessed.append(choose(self._model.extend_to(guessed), guessed, sampling))
+            if guessed[-1] in stop_token_ids:
+                break
+        return guessed[len(tokens) :]

@@ -1,0 +1,313 @@
+"""The far end of the wire: a verification service as a `Verifier`. All of the device's gRPC is here.
+
+Every call is a function of the tokens, so it is retried, within bounds, until it is answered: over broken connections, after
+a server restart, and when the service has forgotten the session.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from edgecloud.edge.retry import Retry, Timeout
+from edgecloud.errors import (
+    CloudError,
+    CloudOverloadedError,
+    CloudRefusedError,
+    CloudUnavailableError,
+    ConfigError,
+    ContextMissingError,
+    ProtocolError,
+)
+from edgecloud.rpc import codec
+from edgecloud.rpc import edgecloud_pb2 as pb
+from edgecloud.rpc import edgecloud_pb2_grpc as pb_grpc
+from edgecloud.sampling import SamplingSettings
+from edgecloud.types import CallCost, Round, Service, Verdict
+
+RELEASE_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class TLS:
+    """Encrypt, and check the server: `ca` is a PEM file (None: the system's). `cert` and `key`: mutual TLS."""
+
+    ca: Path | None = None
+    cert: Path | None = None
+    key: Path | None = None
+
+
+class Cloud:
+    """A connection to one verification service. Opens nothing until the first call.
+
+    Raises:
+        ConfigError: the address is not HOST:PORT, or a certificate cannot be read.
+    """
+
+    def __init__(self, address: str, tls: TLS | None, timeout: Timeout) -> None:
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+            raise ConfigError(f"cloud is {address!r}; it takes HOST:PORT")
+        self.address = address
+        self.timeout = timeout
+        options = [
+            ("grpc.initial_reconnect_backoff_ms", 200),
+            ("grpc.min_reconnect_backoff_ms", 200),
+            ("grpc.max_reconnect_backoff_ms", 2_000),
+            ("grpc.keepalive_time_ms", 10_000),
+            ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.use_local_subchannel_pool", 1),
+        ]
+        if tls is None:
+            self._channel = grpc.insecure_channel(address, options)
+        else:
+            self._channel = grpc.secure_channel(address, _credentials(tls), options)
+        self.stub = pb_grpc.VerificationStub(self._channel)  # type: ignore[no-untyped-call]  # generated
+
+    def describe(self) -> Service:
+        """The handshake.
+
+        Raises:
+            CloudUnavailableError: nothing answers within the connect timeout.
+            ProtocolError: it speaks another protocol version.
+        """
+        try:
+            reply: pb.DescribeReply = self.stub.Describe(pb.DescribeRequest(), timeout=self.timeout.connect_s)
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNIMPLEMENTED:
+                raise ProtocolError(f"{self.address} is no edgecloud verification service") from error
+            raise CloudUnavailableError(f"{self.address} does not answer ({_words(error)}); is `edgecloud serve` running?") from error
+        if reply.protocol_version != codec.PROTOCOL_VERSION:
+            raise ProtocolError(
+                f"{self.address} speaks protocol version {reply.protocol_version}, this client {codec.PROTOCOL_VERSION}; "
+                f"upgrade the older side"
+            )
+        return Service(
+            protocol_version=reply.protocol_version,
+            server_version=reply.server_version,
+            model_name=reply.model_name,
+            model_fingerprint=reply.model_fingerprint,
+            tokenizer_fingerprint=reply.tokenizer_fingerprint,
+            vocab_size=reply.vocab_size,
+            dtype=reply.dtype,
+            max_context_tokens=reply.limits.max_context_tokens,
+            max_draft_tokens=reply.limits.max_draft_tokens,
+        )
+
+    def close(self) -> None:
+        """Close the connection; calls under way fail."""
+        self._channel.close()
+
+
+class RemoteVerifier:
+    """Implements `protocols.Verifier` over one session of a service.
+
+    `deadline_s` is a `time.monotonic()` after which calls raise DeadlineExceededError; None: no limit.
+    """
+
+    def __init__(self, cloud: Cloud, deadline_s: float | None = None) -> None:
+        self._cloud = cloud
+        self.deadline_s = deadline_s
+        self._session_id = os.urandom(codec.SESSION_ID_BYTES)
+        self._server_tokens: list[int] = []  # what the service has of this session
+        self._opened = False
+        self._lock = threading.Lock()  # `release` may come from another thread than the calls
+
+    def submit(self, tokens: Sequence[int], draft_ids: Sequence[int], sampling: SamplingSettings) -> PendingVerify:
+        """Send a draft now; `result()` of what is returned waits for the verdict."""
+        self._opened = True
+        return PendingVerify(self, list(tokens), list(draft_ids), codec.sampling_to_wire(sampling))
+
+    def decode(
+        self, tokens: Sequence[int], max_new_tokens: int, sampling: SamplingSettings, stop_token_ids: Collection[int]
+    ) -> Iterator[Round]:
+        """Stream the target's tokens; a broken stream is resumed where it broke."""
+        log = list(tokens)
+        end = len(log) + max_new_tokens
+        self._opened = True
+        wire_sampling = codec.sampling_to_wire(sampling)
+        retry = self.retry()
+        while len(log) < end:
+            request = pb.DecodeRequest(
+                session_id=self._session_id,
+                sampling=wire_sampling,
+                max_new_tokens=end - len(log),
+                stop_token_ids=sorted(stop_token_ids),
+                **self.context(log),
+            )
+            uplink_bytes = request.ByteSize()
+            asked = time.perf_counter()
+            call = self._cloud.stub.Decode(request, timeout=self.attempt_s())
+            try:
+                for reply in call:
+                    came = time.perf_counter()
+                    log += reply.token_ids
+                    self._server_tokens = list(log)
+                    retry.succeeded()
+                    cost = CallCost(
+                        target_passes=reply.target_passes,
+                        queue_ms=reply.queue_ms,
+                        compute_ms=reply.compute_ms,
+                        elapsed_ms=(came - asked) * 1e3,
+                        uplink_bytes=uplink_bytes,
+                        downlink_bytes=reply.ByteSize(),
+                    )
+                    yield Round(list(reply.token_ids), "cloud", "final", cost=cost)
+                    if reply.token_ids and reply.token_ids[-1] in stop_token_ids:
+                        return
+                    asked, uplink_bytes = came, 0
+                if len(log) < end:
+                    raise ProtocolError(f"{self._cloud.address} ended a stream {end - len(log)} tokens early")
+            except grpc.RpcError as error:
+                self.failed(retry, error)
+            finally:
+                call.cancel()  # nobody listens any more; harmless after the end
+
+    def release(self) -> None:
+        """Tell the service, without waiting for it."""
+        with self._lock:
+            if self._opened:
+                self._opened = False
+                request = pb.ReleaseRequest(session_id=self._session_id)
+                self._cloud.stub.Release.future(request, timeout=RELEASE_TIMEOUT_S).add_done_callback(_ignore_outcome)
+
+    def context(self, tokens: list[int]) -> dict[str, Any]:
+        """Context fields of a request: only what the service may lack."""
+        start = _common_prefix(self._server_tokens, tokens)
+        return {"context_start": start, "context_ids": tokens[start:], "context_hash": codec.context_hash(tokens[:start])}
+
+    def verify_request(self, tokens: list[int], draft_ids: list[int], sampling: pb.Sampling) -> pb.VerifyRequest:
+        """A request as of what the service is known to have."""
+        return pb.VerifyRequest(session_id=self._session_id, draft_ids=draft_ids, sampling=sampling, **self.context(tokens))
+
+    def verify_future(self, request: pb.VerifyRequest) -> Any:
+        """Send it."""
+        return self._cloud.stub.Verify.future(request, timeout=self.attempt_s())
+
+    def attempt_s(self) -> float:
+        """How long one attempt may take. A stream cut off by it is simply resumed."""
+        if self.deadline_s is None:
+            return self._cloud.timeout.request_s
+        return max(0.0, min(self._cloud.timeout.request_s, self.deadline_s - time.monotonic()))
+
+    def retry(self) -> Retry:
+        """A fresh budget for one call."""
+        return Retry(self._cloud.timeout, self.deadline_s, self._cloud.address)
+
+    def settled(self, tokens: list[int]) -> None:
+        """The service has these tokens now."""
+        self._server_tokens = tokens
+
+    def failed(self, retry: Retry, error: grpc.RpcError) -> None:
+        """Learn from a failure and wait before the next attempt, or raise."""
+        mapped = _map(error, self._cloud.address)
+        if isinstance(mapped, ContextMissingError):
+            self._server_tokens = self._server_tokens[: mapped.cached_length]
+        retry.again_or_raise(mapped)
+
+
+class PendingVerify:
+    """A Verify under way; `result` sees it through."""
+
+    def __init__(self, verifier: RemoteVerifier, tokens: list[int], draft_ids: list[int], sampling: pb.Sampling) -> None:
+        self._verifier = verifier
+        self._tokens = tokens
+        self._draft_ids = draft_ids
+        self._sampling = sampling
+        self._started = time.perf_counter()
+        self._uplink_bytes = 0
+        self._future = self._send()
+
+    def _send(self) -> Any:
+        request = self._verifier.verify_request(self._tokens, self._draft_ids, self._sampling)
+        self._uplink_bytes += request.ByteSize()
+        return self._verifier.verify_future(request)
+
+    def result(self) -> Verdict:
+        """The verdict, after as many attempts as it takes.
+
+        Raises:
+            CloudUnavailableError, CloudOverloadedError: not within the retry budget.
+            DeadlineExceededError: the caller's deadline passed.
+            CloudRefusedError: the request is invalid.
+            ProtocolError: the answer makes no sense.
+        """
+        retry = self._verifier.retry()
+        while True:
+            try:
+                reply: pb.VerifyReply = self._future.result()
+            except grpc.RpcError as error:
+                self._verifier.failed(retry, error)
+            except BaseException:
+                self._future.cancel()
+                raise
+            else:
+                break
+            self._future = self._send()
+        if reply.num_accepted > len(self._draft_ids):
+            raise ProtocolError(f"the service accepted {reply.num_accepted} of {len(self._draft_ids)} draft tokens")
+        accepted = self._draft_ids[: reply.num_accepted]
+        self._verifier.settled([*self._tokens, *accepted, reply.next_token_id])
+        cost = CallCost(
+            target_passes=reply.target_passes,
+            queue_ms=reply.queue_ms,
+            compute_ms=reply.compute_ms,
+            elapsed_ms=(time.perf_counter() - self._started) * 1e3,
+            uplink_bytes=self._uplink_bytes,
+            downlink_bytes=reply.ByteSize(),
+        )
+        return Verdict(reply.num_accepted, reply.next_token_id, cost)
+
+
+def _map(error: grpc.RpcError, address: str) -> CloudError:
+    """The one place where gRPC's codes become our errors."""
+    code, words = error.code(), _words(error)
+    detail = pb.ErrorDetail()
+    for key, value in error.trailing_metadata() or ():
+        if key == codec.ERROR_DETAIL_KEY:
+            detail.ParseFromString(value)
+    match code:
+        case grpc.StatusCode.FAILED_PRECONDITION:
+            return ContextMissingError(words, detail.cached_length)
+        case grpc.StatusCode.RESOURCE_EXHAUSTED if detail.retry_after_ms:
+            return CloudOverloadedError(f"{address}: {words}", detail.retry_after_ms / 1e3)
+        case grpc.StatusCode.INVALID_ARGUMENT | grpc.StatusCode.RESOURCE_EXHAUSTED | grpc.StatusCode.OUT_OF_RANGE:
+            return CloudRefusedError(f"{address} refuses the request: {words}")
+        case grpc.StatusCode.UNIMPLEMENTED:
+            return ProtocolError(f"{address} is no edgecloud verification service")
+        case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.DEADLINE_EXCEEDED | grpc.StatusCode.CANCELLED:
+            return CloudUnavailableError(f"{address} does not answer ({words}); is `edgecloud serve` running?")
+        case grpc.StatusCode.INTERNAL | grpc.StatusCode.UNKNOWN:
+            return CloudUnavailableError(f"{address} broke on the request: {words}")
+        case _:
+            return CloudError(f"{address}: {code.name}: {words}")
+
+
+def _words(error: grpc.RpcError) -> str:
+    return str(error.details() or error.code().name)
+
+
+def _credentials(tls: TLS) -> grpc.ChannelCredentials:
+    try:
+        ca, key, cert = (None if path is None else path.read_bytes() for path in (tls.ca, tls.key, tls.cert))
+    except OSError as error:
+        raise ConfigError(f"{error.filename} cannot be read: {error.strerror}") from error
+    return grpc.ssl_channel_credentials(ca, key, cert)
+
+
+def _ignore_outcome(future: Any) -> None:
+    future.cancelled() or future.exception()  # an unheard Release only costs the service its idle time
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    length = min(len(a), len(b))
+    if a[:length] == b[:length]:
+        return length
+    return next(i for i in range(length) if a[i] != b[i])

@@ -1,0 +1,106 @@
+"""`AsyncClient`: the same client for asyncio programs. A thin layer: the generation runs on a thread."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from edgecloud.client import Client, Prompt
+from edgecloud.generation import GenerationStream
+from edgecloud.session import Session
+from edgecloud.types import Event, Reply, Service
+
+
+class AsyncClient:
+    """Mirrors `Client`; an async context manager. Leaving a stream early frees the service's session."""
+
+    def __init__(self, bundle: str | os.PathLike[str], cloud: str | None = None, **options: Any) -> None:
+        self._client = Client(bundle, cloud, **options)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="edgecloud")  # one: generations take turns anyway
+
+    async def generate(self, prompt: Prompt, **options: Any) -> Reply:
+        """As `Client.generate`."""
+        return await _collect(self.stream(prompt, **options))
+
+    def stream(self, prompt: Prompt, **options: Any) -> AsyncStream:
+        """As `Client.stream`: `async for event in client.stream(...)`."""
+        return AsyncStream(self._thread, lambda: self._client.stream(prompt, **options))
+
+    def session(self, system: str | None = None) -> AsyncSession:
+        """As `Client.session`."""
+        return AsyncSession(self._thread, self._client.session(system))
+
+    async def describe(self) -> Service:
+        """As `Client.describe`."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._client.describe)
+
+    async def close(self) -> None:
+        """As `Client.close`, after the generation under way."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._client.close)
+        self._thread.shutdown(wait=False)
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
+class AsyncSession:
+    """Mirrors `Session`."""
+
+    def __init__(self, thread: ThreadPoolExecutor, session: Session) -> None:
+        self._thread = thread
+        self._session = session
+
+    async def generate(self, prompt: str, **options: Any) -> Reply:
+        """As `Session.generate`."""
+        return await _collect(self.stream(prompt, **options))
+
+    def stream(self, prompt: str, **options: Any) -> AsyncStream:
+        """As `Session.stream`."""
+        return AsyncStream(self._thread, lambda: self._session.stream(prompt, **options))
+
+    async def close(self) -> None:
+        """As `Session.close`."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._session.close)
+
+    async def __aenter__(self) -> AsyncSession:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
+class AsyncStream:
+    """`async for event in stream`; then `stream.reply`."""
+
+    def __init__(self, thread: ThreadPoolExecutor, start: Any) -> None:
+        self._thread = thread
+        self._start = start
+        self._stream: GenerationStream | None = None
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        loop = asyncio.get_running_loop()
+        stream = self._stream = await loop.run_in_executor(self._thread, self._start)
+        try:
+            while (event := await loop.run_in_executor(self._thread, next, stream, None)) is not None:
+                yield event
+        finally:
+            await asyncio.shield(loop.run_in_executor(self._thread, stream.close))
+
+    @property
+    def reply(self) -> Reply:
+        """As `GenerationStream.reply`; empty before the first event is asked for."""
+        if self._stream is None:
+            raise RuntimeError("iterate the stream first")
+        return self._stream.reply
+
+
+async def _collect(stream: AsyncStream) -> Reply:
+    async for _ in stream:
+        pass
+    return stream.reply

@@ -1,0 +1,69 @@
+"""`edgecloud generate`: one answer, streamed as text or as one JSON object."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgecloud.cli.app import app
+from edgecloud.cli.output import JsonFlag, print_json
+from edgecloud.errors import EdgecloudError
+
+
+@app.command()
+def generate(
+    bundle: Annotated[Path, typer.Argument(help="Folder written by `edgecloud partition`.")],
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads standard input.")],
+    cloud: Annotated[str | None, typer.Option(help="HOST:PORT of a verification service.")] = None,
+    mode: Annotated[str, typer.Option(help="auto, edge, cloud or speculative.")] = "auto",
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="1: off.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="0: off.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option(help="1: off.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text, in every mode.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop string; may be given several times.")] = None,
+    num_draft_tokens: Annotated[int, typer.Option(help="Tokens drafted a round.")] = 4,
+    deadline_s: Annotated[float | None, typer.Option(help="Seconds the whole generation may take.")] = None,
+    threads: Annotated[int, typer.Option(help="Threads of the device's model. 0: as many as this process may use.")] = 0,
+    tls_ca: Annotated[Path | None, typer.Option(help="Connect by TLS and trust this PEM file.")] = None,
+    tls: Annotated[bool, typer.Option("--tls", help="Connect by TLS and trust the system's certificates.")] = False,
+    tls_cert: Annotated[Path | None, typer.Option(help="Own PEM certificate, for mutual TLS.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Own PEM key, for mutual TLS.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Encode the prompt as it is, without the chat template.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Answer a prompt with the device's draft model, the cloud's target, or both."""
+    from edgecloud.client import Client
+    from edgecloud.edge.remote import TLS
+    from edgecloud.types import TokenEvent
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    secure = TLS(tls_ca, tls_cert, tls_key) if tls or tls_ca or tls_cert else None
+    with Client(bundle, cloud, tls=secure, num_draft_tokens=num_draft_tokens, num_threads=threads) as client:
+        stream = client.stream(
+            text, raw=raw, mode=mode, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
+            repetition_penalty=repetition_penalty, seed=seed, stop_strings=stop or (), deadline_s=deadline_s,
+        )  # fmt: skip
+        interrupted = False
+        try:
+            with stream:
+                for event in stream:
+                    if isinstance(event, TokenEvent) and not json:
+                        sys.stdout.write(event.text)
+                        sys.stdout.flush()
+        except KeyboardInterrupt:
+            interrupted = True
+        except EdgecloudError as error:
+            if error.reply is not None and error.reply.token_ids and not json:
+                sys.stdout.write("\n")
+            raise
+        if json:
+            print_json(stream.reply.to_dict())
+        else:
+            sys.stdout.write("\n")
+        if interrupted:
+            raise typer.Exit(130)

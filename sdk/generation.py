@@ -1,0 +1,182 @@
+"""One generation as the caller sees it: tokens become text, the end is found, everything is counted.
+
+The modes yield rounds; `Generation.add` cuts them at a stop token, a stop string or the limit, in whatever part of a draft
+these may fall.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Collection, Generator, Sequence
+
+from edgecloud.edge.tokenizer import TextStream
+from edgecloud.types import Event, FinishReason, Metrics, ModeChanged, ModeSpan, Reply, Round, TokenEvent, Usage
+
+
+class Generation:
+    """Collects rounds until `finish_reason` is set."""
+
+    def __init__(
+        self,
+        num_prompt_tokens: int,
+        text: TextStream,
+        max_new_tokens: int,
+        stop_token_ids: Collection[int],
+        stop_strings: Sequence[str],
+    ) -> None:
+        self._started_s = time.perf_counter()
+        self._num_prompt_tokens = num_prompt_tokens
+        self._text_stream = text
+        self._max_new_tokens = max_new_tokens
+        self._stop_token_ids = frozenset(stop_token_ids)
+        self._stop_strings = tuple(stop_strings)
+        self._held = ""  # text that may be the beginning of a stop string
+        self._shown: list[str] = []
+        self.token_ids: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self._token_times_s: list[float] = []
+        self._rounds: list[Round] = []
+        self._timeline: list[ModeSpan] = []
+        self._num_unverified = 0
+
+    def add(self, round_: Round) -> list[Event]:
+        """Take in a round.  -> what to tell the caller"""
+        events: list[Event] = []
+        span = ModeSpan(len(self.token_ids), round_.mode, round_.num_draft_tokens)
+        if not self._timeline or self._timeline[-1].mode != round_.mode:
+            if self._timeline:
+                events.append(ModeChanged(round_.mode, f"was {self._timeline[-1].mode}"))
+            self._timeline.append(span)
+        elif self._timeline[-1].num_draft_tokens != round_.num_draft_tokens:
+            self._timeline.append(span)
+        self._rounds.append(round_)
+        now_s = time.perf_counter()
+        taken: list[int] = []
+        text = ""
+        for token in round_.token_ids:
+            taken.append(token)
+            text += self._append(token)
+            self._token_times_s.append(now_s)
+            if self.finish_reason is not None:
+                break
+        if round_.status == "provisional":
+            self._num_unverified += len(taken)
+        if self.finish_reason is not None:
+            text += self._flush()
+        self._shown.append(text)
+        events.append(TokenEvent(text, taken, round_.status))
+        return events
+
+    def reply(self) -> Reply:
+        """All of it so far."""
+        text = "".join(self._shown) + self._held
+        return Reply(
+            text=text,
+            token_ids=list(self.token_ids),
+            finish_reason=self.finish_reason or "cancelled",
+            usage=Usage(self._num_prompt_tokens, len(self.token_ids)),
+            metrics=self._metrics(),
+            mode_timeline=list(self._timeline),
+        )
+
+    def _append(self, token: int) -> str:
+        """Add one token; returns the text that is safe to show."""
+        self.token_ids.append(token)
+        if token in self._stop_token_ids:
+            self.finish_reason = "stop"
+            return ""
+        self._held += self._text_stream.push(token)
+        end = min((at for stop in self._stop_strings if (at := self._held.find(stop)) >= 0), default=-1)
+        if end >= 0:
+            self._held = self._held[:end]
+            self.finish_reason = "stop"
+            return ""
+        if len(self.token_ids) >= self._max_new_tokens:
+            self.finish_reason = "length"
+        keep = longest_stop_prefix(self._held, self._stop_strings)
+        safe = self._held[: len(self._held) - keep]
+        self._held = self._held[len(safe) :]
+        return safe
+
+    def _flush(self) -> str:
+        held, self._held = self._held, ""
+        return held
+
+    def _metrics(self) -> Metrics:
+        times = self._token_times_s
+        costs = [r.cost for r in self._rounds]
+        drafted = [r for r in self._rounds if r.num_draft_tokens]
+        accepted = sum(r.num_accepted for r in drafted)
+        histogram = Counter(r.num_accepted for r in drafted)
+        longest = max((r.num_draft_tokens for r in drafted), default=0)
+        passes = sum(c.target_passes for c in costs)
+        # A streamed token waits for the target, not for the network: only what opens a call tells the round trip.
+        trips = [c.elapsed_ms - c.queue_ms - c.compute_ms for c in costs if c.uplink_bytes]
+        num_tokens = len(self.token_ids)
+        return Metrics(
+            ttft_ms=(times[0] - self._started_s) * 1e3 if times else 0.0,
+            tpot_ms=(times[-1] - times[0]) * 1e3 / (num_tokens - 1) if num_tokens > 1 else 0.0,
+            total_ms=(time.perf_counter() - self._started_s) * 1e3,
+            rtt_ms=max(0.0, statistics.median(trips)) if trips else None,
+            num_rounds=len(drafted),
+            num_draft_tokens=sum(r.num_draft_tokens for r in drafted),
+            num_accepted_tokens=accepted,
+            mean_acceptance_length=1 + accepted / len(drafted) if drafted else 1.0,
+            acceptance_histogram=[histogram[i] for i in range(longest + 1)] if drafted else [],
+            target_passes=passes,
+            target_passes_per_token=passes / num_tokens if num_tokens else 0.0,
+            uplink_bytes=sum(c.uplink_bytes for c in costs),
+            downlink_bytes=sum(c.downlink_bytes for c in costs),
+            num_unverified_tokens=self._num_unverified,
+        )
+
+
+def longest_stop_prefix(text: str, stop_strings: Sequence[str]) -> int:
+    """Length of the longest end of `text` with which a stop string could begin."""
+    longest = 0
+    for stop in stop_strings:
+        for length in range(min(len(stop) - 1, len(text)), longest, -1):
+            if text.endswith(stop[:length]):
+                longest = length
+                break
+    return longest
+
+
+class GenerationStream:
+    """Iterate for events; `reply` holds what has come so far, and all of it at the end.
+
+    Leaving it early (`close`, or the end of a `with` block) frees the service's session.
+    """
+
+    def __init__(self, generation: Generation, events: Generator[Event]) -> None:
+        self._generation = generation
+        self._events = events
+
+    def __iter__(self) -> GenerationStream:
+        return self
+
+    def __next__(self) -> Event:
+        return next(self._events)
+
+    @property
+    def reply(self) -> Reply:
+        """The generation as far as it has come; `finish_reason` is "cancelled" until it has ended."""
+        return self._generation.reply()
+
+    def finish(self) -> Reply:
+        """Run to the end. Raises as the stream does."""
+        for _ in self._events:
+            pass
+        return self.reply
+
+    def close(self) -> None:
+        """Stop here."""
+        self._events.close()
+
+    def __enter__(self) -> GenerationStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
