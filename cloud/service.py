@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import grpc
 from grpc.aio import ServicerContext
@@ -172,7 +172,7 @@ def _check_session_id(session_id: bytes) -> None:
         raise ConfigError(f"session_id has {len(session_id)} bytes; it takes {codec.SESSION_ID_BYTES} random ones")
 
 
-async def _abort(context: ServicerContext[object, object], answer: Answer) -> NoReturn:
+async def _abort(context: ServicerContext[Any, Any], answer: Answer) -> NoReturn:
     """Turn an engine's refusal into a status. Always raises."""
     detail = pb.ErrorDetail()
     match answer:

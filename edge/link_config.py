@@ -38,9 +38,7 @@ class Outage:
     def __post_init__(self) -> None:
         """Check the values."""
         if not (0 <= self.start_s < math.inf and 0 < self.duration_s < math.inf):
-            raise ConfigError(
-                f"an outage of {self.duration_s:g}s at {self.start_s:g}s cannot be; write one such as 3s@10s"
-            )
+            raise ConfigError(f"an outage of {self.duration_s:g}s at {self.start_s:g}s cannot be; write one such as 3s@10s")
         if self.kind not in ("stall", "cut"):
             raise ConfigError(f"outage kind {self.kind!r} is unknown; choose stall or cut")
 
@@ -96,18 +94,17 @@ class LinkConfig:
         """Check the values."""
         if not 0 <= self.listen_port <= 65535:
             raise ConfigError(f"--listen {self.listen_port} is no port; give 1 to 65535, or 0 for any free one")
-        if not self.to_host or not 1 <= self.to_port <= 65535:
-            raise ConfigError(
-                f"--to {self.to_host}:{self.to_port} is no address; write HOST:PORT with a port of 1 to 65535"
-            )
+        for name, host in (("--host", self.host), ("--to", self.to_host)):
+            if not _is_host(host):
+                raise ConfigError(f"{name} {host!r} is no host; give a name or an address such as 127.0.0.1")
+        if not 1 <= self.to_port <= 65535:
+            raise ConfigError(f"--to {self.to_host}:{self.to_port} is no address; write HOST:PORT with a port of 1 to 65535")
         for name, value_ms in (("--rtt", self.rtt_ms), ("--jitter", self.jitter_ms)):
             if not 0 <= value_ms < math.inf:
                 raise ConfigError(f"{name} {value_ms:g}ms cannot be; give 0ms or more")
         for name, mbps in (("--up", self.up_mbps), ("--down", self.down_mbps)):
             if mbps is not None and not 0 < mbps < math.inf:
-                raise ConfigError(
-                    f"{name} {mbps:g}mbit cannot be; give a positive rate, or leave {name} out for no limit"
-                )
+                raise ConfigError(f"{name} {mbps:g}mbit cannot be; give a positive rate, or leave {name} out for no limit")
         if self.trace is not None and self.down_mbps is not None:
             raise ConfigError(
                 f"--down {self.down_mbps:g}mbit and --trace {self.trace.path} both set the down rate; drop one of them"
@@ -196,9 +193,7 @@ def parse_outage(text: str, kind: OutageKind = "stall") -> Outage:
     duration, at, start = span.partition("@")
     if not (at and duration and start) or suffix not in ("", "stall", "cut") or text.endswith(":"):
         raise ConfigError(f"{text!r} is no outage; write DURATION@START such as 3s@10s or 3s@10s:cut")
-    duration_s, start_s = (
-        _quantity(part, MILLISECONDS, "duration with a unit", "3s@10s") / 1e3 for part in (duration, start)
-    )
+    duration_s, start_s = (_quantity(part, MILLISECONDS, "duration with a unit", "3s@10s") / 1e3 for part in (duration, start))
     return Outage(start_s, duration_s, cast("OutageKind", suffix or kind))
 
 
@@ -221,12 +216,8 @@ def read_trace(path: str | Path) -> Trace:
         lines = trace.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise ConfigError(
-            f"--trace {trace} cannot be read: {reason}; give a file of `time_s mbit_per_s` lines"
-        ) from None
-    numbered = [
-        (number, line) for number, line in enumerate(lines, 1) if line.strip() and not line.lstrip().startswith("#")
-    ]
+        raise ConfigError(f"--trace {trace} cannot be read: {reason}; give a file of `time_s mbit_per_s` lines") from None
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip() and not line.lstrip().startswith("#")]
     points = [_trace_point(line, f"{trace}, line {number}") for number, line in numbered]
     for (before, after), (number, _) in zip(pairwise(points), numbered[1:], strict=True):
         if after[0] <= before[0]:
@@ -236,6 +227,13 @@ def read_trace(path: str | Path) -> Trace:
     if not any(mbps for _, mbps in points):
         raise ConfigError(f"{trace} has no rate above 0, so nothing would ever arrive; give at least one")
     return Trace(trace, tuple(time_s - points[0][0] for time_s, _ in points), tuple(mbps for _, mbps in points))
+
+
+def _is_host(text: str) -> bool:
+    try:
+        return bool(text.encode("idna"))
+    except UnicodeError:
+        return False
 
 
 def _trace_point(line: str, where: str) -> tuple[float, float]:

@@ -1,7 +1,7 @@
 """The draft model on the device: an ONNX graph whose key-value buffers are bound once and never copied.
 
-The graph is onnxruntime-genai's: GroupQueryAttention with past and present in the same buffer, logits of the last position
-only. How far the cache counts is the length of the attention mask, so cropping is only a shorter mask.
+The graph is onnxruntime-genai's: GroupQueryAttention with past and present in the same buffer, logits of the last
+position only. How far the cache counts is the length of the attention mask, so cropping is only a shorter mask.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class DraftModel:
         return len(self._tokens)
 
     def extend_to(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Logits after the last of `tokens`, computing only what the cache lacks.  -> [vocab], valid until the next call
+        """Logits after the last of `tokens`, computing only what the cache lacks.  -> [vocab], valid until the next
+        call
 
         Raises:
             ContextLengthError: more tokens than the buffers hold.
@@ -66,7 +67,8 @@ class DraftModel:
             chunk = tokens[start : start + PREFILL_CHUNK_TOKENS]
             self._run(chunk, start + len(chunk))
             self._tokens += chunk
-        return self._logits[0, 0]
+        row: npt.NDArray[np.float32] = self._logits[0, 0]
+        return row
 
     def crop_to(self, length: int) -> None:
         """Forget the tokens past `length`."""

@@ -84,7 +84,7 @@ class Flow:
         self._queue: asyncio.Queue[tuple[float, bytes | None]] = asyncio.Queue()
         self._queued_bytes = 0
         self._room = asyncio.Event()
-        self._ended = False
+        self._ended = False  # nothing in the queue will be handed over any more
 
     def put(self, data: bytes | None) -> None:
         """Send along the line."""
@@ -133,6 +133,7 @@ class Flow:
         except OSError:  # the destination is gone, which its peer learns after the way back
             if self.opposite._ended:
                 raise
+            self._ended = True
             self.opposite.put(None)
             await asyncio.Event().wait()  # until the reset arrives and cancels this connection
 
@@ -238,16 +239,10 @@ def _listen(host: str, port: int) -> socket.socket:
         listener = socket.create_server((host, port), family=family, backlog=128)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise ServerError(
-                f"port {port} on {host} is in use; give another --listen, or 0 for any free one"
-            ) from error
+            raise ServerError(f"port {port} on {host} is in use; give another --listen, or 0 for any free one") from error
         if error.errno == errno.EACCES:
-            raise ServerError(
-                f"port {port} on {host} is not allowed to this user; give a --listen of 1024 or more"
-            ) from error
-        raise ServerError(
-            f"cannot listen on {host}, port {port}: {error.strerror}; give a --host of this machine"
-        ) from error
+            raise ServerError(f"port {port} on {host} is not allowed to this user; give a --listen of 1024 or more") from error
+        raise ServerError(f"cannot listen on {host}, port {port}: {error.strerror}; give a --host of this machine") from error
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)  # accepted sockets inherit it
     listener.setblocking(False)
     return listener

@@ -69,7 +69,7 @@ class Cloud:
             self._channel = grpc.insecure_channel(address, options)
         else:
             self._channel = grpc.secure_channel(address, _credentials(tls), options)
-        self.stub = pb_grpc.VerificationStub(self._channel)  # type: ignore[no-untyped-call]  # generated
+        self.stub = pb_grpc.VerificationStub(self._channel)
 
     def describe(self) -> Service:
         """The handshake.
@@ -83,7 +83,9 @@ class Cloud:
         except grpc.RpcError as error:
             if error.code() == grpc.StatusCode.UNIMPLEMENTED:
                 raise ProtocolError(f"{self.address} is no edgecloud verification service") from error
-            raise CloudUnavailableError(f"{self.address} does not answer ({_words(error)}); is `edgecloud serve` running?") from error
+            raise CloudUnavailableError(
+                f"{self.address} does not answer ({_words(error)}); is `edgecloud serve` running?"
+            ) from error
         if reply.protocol_version != codec.PROTOCOL_VERSION:
             raise ProtocolError(
                 f"{self.address} speaks protocol version {reply.protocol_version}, this client {codec.PROTOCOL_VERSION}; "
@@ -270,7 +272,8 @@ def _map(error: grpc.RpcError, address: str) -> CloudError:
     """The one place where gRPC's codes become our errors."""
     code, words = error.code(), _words(error)
     detail = pb.ErrorDetail()
-    for key, value in error.trailing_metadata() or ():
+    metadata: Any = error.trailing_metadata() or ()
+    for key, value in metadata:
         if key == codec.ERROR_DETAIL_KEY:
             detail.ParseFromString(value)
     match code:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -78,16 +78,17 @@ class AsyncSession:
 class AsyncStream:
     """`async for event in stream`; then `stream.reply`."""
 
-    def __init__(self, thread: ThreadPoolExecutor, start: Any) -> None:
+    def __init__(self, thread: ThreadPoolExecutor, start: Callable[[], GenerationStream]) -> None:
         self._thread = thread
         self._start = start
         self._stream: GenerationStream | None = None
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         loop = asyncio.get_running_loop()
-        stream = self._stream = await loop.run_in_executor(self._thread, self._start)
+        stream = await loop.run_in_executor(self._thread, self._start)
+        self._stream = stream
         try:
-            while (event := await loop.run_in_executor(self._thread, next, stream, None)) is not None:
+            while (event := await loop.run_in_executor(self._thread, lambda: next(stream, None))) is not None:
                 yield event
         finally:
             await asyncio.shield(loop.run_in_executor(self._thread, stream.close))

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 from edgecloud.bundle import Bundle
 from edgecloud.edge.remote import TLS, Cloud, RemoteVerifier
 from edgecloud.edge.retry import Timeout
-from edgecloud.errors import CloudError, CloudUnavailableError, ConfigError, ContextLengthError, DeadlineExceededError, EdgecloudError, ModelMismatchError
+from edgecloud.errors import (
+    CloudError,
+    CloudUnavailableError,
+    ConfigError,
+    ContextLengthError,
+    DeadlineExceededError,
+    EdgecloudError,
+    ModelMismatchError,
+)
 from edgecloud.generation import Generation, GenerationStream
 from edgecloud.protocols import Drafter, Verifier
 from edgecloud.sampling import SamplingSettings

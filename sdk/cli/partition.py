@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @app.command()
-def partition(  # noqa: PLR0917  # typer fills them by name
+def partition(  # typer fills them by name
     model: Annotated[
         str,
         typer.Argument(help="The target: a Hugging Face folder, or the name of a fetched model.", show_default=False),
