@@ -6,15 +6,16 @@ from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 
 from edgecloud.edge.model import DraftModel
-from edgecloud.kernels.choice import choose
+from edgecloud.kernels.choice_numpy import choose
 from edgecloud.sampling import SamplingSettings
 
 
 class ModelDrafter:
     """Implements `protocols.Drafter` on a DraftModel, loaded when it is first needed. Remembers nothing but the model's cache."""
 
-    def __init__(self, load: Callable[[], DraftModel]) -> None:
+    def __init__(self, load: Callable[[], DraftModel], vocab_size: int) -> None:
         self._load = load
+        self._vocab_size = vocab_size  # ids that both models know; a padded one knows more
 
     @cached_property
     def _model(self) -> DraftModel:
@@ -30,7 +31,7 @@ class ModelDrafter:
         """Guess one token after another. Raises ContextLengthError when the draft model's window is full."""
         guessed = list(tokens)
         for _ in range(num_draft_tokens):
-            guessed.append(choose(self._model.extend_to(guessed), guessed, sampling))
+            guessed.append(choose(self._model.extend_to(guessed)[: self._vocab_size], guessed, sampling))
             if guessed[-1] in stop_token_ids:
                 break
         return guessed[len(tokens) :]

@@ -54,8 +54,9 @@ class DraftModel:
         return len(self._tokens)
 
     def extend_to(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Logits after the last of `tokens`, computing only what the cache lacks.  -> [vocab], valid until the next
-        call
+        """Logits after the last of `tokens`, computing only what the cache lacks.  -> [vocab]
+
+        The array is the output buffer itself: valid until the next call.
 
         Raises:
             ContextLengthError: more tokens than the buffers hold.
@@ -76,7 +77,9 @@ class DraftModel:
 
     def _run(self, chunk: Sequence[int], total: int) -> None:
         num_tokens = len(chunk)
-        self._ids[0, :num_tokens] = chunk
+        ids = self._ids[0, :num_tokens]
+        ids[:] = chunk
+        ids[ids >= self.vocab_size] = 0  # a target padded beyond the draft's embedding may choose such an id
         binding = self._binding
         binding.bind_input("input_ids", "cpu", 0, np.int64, (1, num_tokens), self._ids.ctypes.data)
         binding.bind_input("attention_mask", "cpu", 0, np.int64, (1, total), self._mask.ctypes.data)

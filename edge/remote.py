@@ -71,21 +71,17 @@ class Cloud:
             self._channel = grpc.secure_channel(address, _credentials(tls), options)
         self.stub = pb_grpc.VerificationStub(self._channel)
 
-    def describe(self) -> Service:
-        """The handshake.
+    def describe(self, *, wait: bool) -> Service:
+        """The handshake. With `wait`, a refused connection is tried again until the connect timeout.
 
         Raises:
             CloudUnavailableError: nothing answers within the connect timeout.
             ProtocolError: it speaks another protocol version.
         """
         try:
-            reply: pb.DescribeReply = self.stub.Describe(pb.DescribeRequest(), timeout=self.timeout.connect_s)
+            reply: pb.DescribeReply = self.stub.Describe(pb.DescribeRequest(), timeout=self.timeout.connect_s, wait_for_ready=wait)
         except grpc.RpcError as error:
-            if error.code() == grpc.StatusCode.UNIMPLEMENTED:
-                raise ProtocolError(f"{self.address} is no edgecloud verification service") from error
-            raise CloudUnavailableError(
-                f"{self.address} does not answer ({_words(error)}); is `edgecloud serve` running?"
-            ) from error
+            raise _map(error, self.address) from error
         if reply.protocol_version != codec.PROTOCOL_VERSION:
             raise ProtocolError(
                 f"{self.address} speaks protocol version {reply.protocol_version}, this client {codec.PROTOCOL_VERSION}; "

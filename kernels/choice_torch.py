@@ -1,6 +1,7 @@
 """Coupled choice in torch, many rows at once, each with its own settings. See choice.py for the definition.
 
-Runs on any device; integer work in int64 (products wrap as in uint64, so the low words are exact), the rest in float64.
+Runs on any device; integer work in int64 (products wrap as in uint64, so the low words are exact), the rest in float64. Filters
+keep few tokens, so the noise is drawn for those alone, and nothing of the size of the vocabulary is sorted.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from edgecloud.kernels.choice import PHILOX_M, round_keys
+from edgecloud.kernels.choice_numpy import NUCLEUS_GUESS
 from edgecloud.sampling import SamplingSettings
 
 MASK = 0xFFFFFFFF
@@ -27,38 +29,14 @@ class ChoiceRow:
 
 def gumbel(seed: int, position: int, vocab_size: int, device: torch.device) -> Tensor:
     """G(seed, position, v) for every v.  -> [vocab_size] float64"""
-    c0 = torch.arange((vocab_size + 3) // 4, dtype=torch.int64, device=device)
-    c1 = torch.full_like(c0, position)
-    c2 = torch.zeros_like(c0)
-    c3 = torch.zeros_like(c0)
-    for k0, k1 in round_keys(seed):
-        p0, p1 = c0 * PHILOX_M[0], c2 * PHILOX_M[1]
-        c0, c1, c2, c3 = ((p1 >> 32) & MASK) ^ c1 ^ k0, p1 & MASK, ((p0 >> 32) & MASK) ^ c3 ^ k1, p0 & MASK
-    bits = torch.stack([c0, c1, c2, c3], dim=1).reshape(-1)[:vocab_size]
-    u = (bits.to(torch.float64) + 0.5) * 2.0**-32
-    return -torch.log(-torch.log1p(-u))
+    blocks = torch.arange((vocab_size + 3) // 4, dtype=torch.int64, device=device)
+    return _to_gumbel(torch.stack(_philox(blocks, position, seed), dim=1).reshape(-1)[:vocab_size])
 
 
-def process(logits: Tensor, row: ChoiceRow) -> Tensor:
-    """Repetition penalty, temperature, top-k, top-p, in Hugging Face's order. logits: [vocab] -> [vocab] float64."""
-    sampling = row.sampling
-    z = logits.to(torch.float64)
-    if sampling.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted({t for t in row.tokens if t < len(z)}), dtype=torch.int64, device=z.device)
-        penalty = sampling.repetition_penalty
-        z = z.index_copy(0, seen, torch.where(z[seen] < 0, z[seen] * penalty, z[seen] / penalty))
-    if sampling.greedy:
-        return z
-    z = z / sampling.temperature
-    if 0 < sampling.top_k < len(z):
-        kth = torch.topk(z, sampling.top_k).values[-1]
-        z = z.masked_fill(z < kth, -torch.inf)
-    if sampling.top_p < 1.0:
-        ordered, order = torch.sort(z, descending=True, stable=True)
-        p = torch.softmax(ordered, dim=0)
-        dropped = order[(torch.cumsum(p, dim=0) - p) >= sampling.top_p]
-        z = z.index_fill(0, dropped, -torch.inf)
-    return z
+def gumbel_at(seed: int, position: int, ids: Tensor) -> Tensor:
+    """G(seed, position, v) for each v of `ids`.  [n] int64 -> [n] float64"""
+    lanes = torch.stack(_philox(ids // 4, position, seed), dim=1)
+    return _to_gumbel(lanes.gather(1, (ids % 4)[:, None])[:, 0])
 
 
 def choose(logits: Tensor, rows: Sequence[ChoiceRow]) -> list[int]:
@@ -68,11 +46,64 @@ def choose(logits: Tensor, rows: Sequence[ChoiceRow]) -> list[int]:
     """
     choices = logits.argmax(dim=1)
     for i, row in enumerate(rows):
-        if row.sampling.greedy and row.sampling.repetition_penalty == 1.0:
-            continue
-        z = process(logits[i], row)
         if not row.sampling.greedy:
-            z = z + gumbel(row.sampling.seed, len(row.tokens), len(z), z.device)
-        choices[i] = z.argmax()
+            choices[i] = _sample(logits[i], row)
+        elif row.sampling.repetition_penalty != 1.0:
+            choices[i] = _penalized(logits[i], row).argmax()
     ids: list[int] = choices.tolist()
     return ids
+
+
+def _sample(logits: Tensor, row: ChoiceRow) -> Tensor:
+    sampling = row.sampling
+    z = _penalized(logits, row) / sampling.temperature
+    position = len(row.tokens)
+    ids = None
+    if 0 < sampling.top_k < len(z):
+        ids = (z >= torch.topk(z, sampling.top_k).values[-1]).nonzero()[:, 0]
+    if sampling.top_p < 1.0:
+        kept = _nucleus(z if ids is None else z[ids], sampling.top_p)
+        ids = kept if ids is None else ids[kept]
+    if ids is None:
+        return (z + gumbel(sampling.seed, position, len(z), z.device)).argmax()
+    return ids[(z[ids] + gumbel_at(sampling.seed, position, ids)).argmax()]
+
+
+def _penalized(logits: Tensor, row: ChoiceRow) -> Tensor:
+    """Logits in float64, after the repetition penalty."""
+    z = logits.to(torch.float64)
+    penalty = row.sampling.repetition_penalty
+    if penalty != 1.0:
+        seen = torch.tensor(sorted({t for t in row.tokens if t < len(z)}), dtype=torch.int64, device=z.device)
+        z = z.index_copy(0, seen, torch.where(z[seen] < 0, z[seen] * penalty, z[seen] / penalty))
+    return z
+
+
+def _nucleus(z: Tensor, top_p: float) -> Tensor:
+    """Indices of the smallest set of the largest entries that reaches `top_p`; of equal entries the first are kept."""
+    log_total = torch.logsumexp(z, dim=0)
+    for size in (min(NUCLEUS_GUESS, len(z)), len(z)):
+        largest = torch.topk(z, size).values
+        p = torch.exp(largest - log_total)
+        num_kept = int(((torch.cumsum(p, dim=0) - p) < top_p).sum())
+        if num_kept < size:
+            break
+    lowest = largest[num_kept - 1]
+    kept = z > lowest
+    ties = (z == lowest).nonzero()[:, 0][: num_kept - int(kept.sum())]
+    kept[ties] = True
+    return kept.nonzero()[:, 0]
+
+
+def _philox(blocks: Tensor, position: int, seed: int) -> list[Tensor]:
+    """Ten rounds of Philox4x32 on counters (block, position, 0, 0).  [n] -> four lanes [n], each below 2**32"""
+    c0, c1 = blocks, torch.full_like(blocks, position)
+    c2 = c3 = torch.zeros_like(blocks)
+    for k0, k1 in round_keys(seed):
+        p0, p1 = c0 * PHILOX_M[0], c2 * PHILOX_M[1]
+        c0, c1, c2, c3 = ((p1 >> 32) & MASK) ^ c1 ^ k0, p1 & MASK, ((p0 >> 32) & MASK) ^ c3 ^ k1, p0 & MASK
+    return [c0, c1, c2, c3]
+
+
+def _to_gumbel(bits: Tensor) -> Tensor:
+    return -torch.log(-torch.log1p((bits.to(torch.float64) + 0.5) * -(2.0**-32)))

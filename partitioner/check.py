@@ -80,9 +80,7 @@ def load_torch(model: ModelFolder, *, fp32: bool) -> torch.nn.Module:
         raise ModelError(f"{model.path} cannot be loaded by transformers: {error}") from error
     if info["missing_keys"]:  # transformers would go on with random weights
         missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise ModelError(
-            f"{model.path} lacks weights that its config asks for ({missing}); fetch or save the model again"
-        )
+        raise ModelError(f"{model.path} lacks weights that its config asks for ({missing}); fetch or save the model again")
     evaluated: torch.nn.Module = loaded.eval()
     return evaluated
 
@@ -93,10 +91,7 @@ def encode_prompts(model: ModelFolder, max_tokens: int, prompts: Sequence[str] =
     if not tokenizer.chat_template:
         return [tokenizer.encode(prompt)[:max_tokens] for prompt in prompts]
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    return [
-        tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)[:max_tokens]
-        for chat in chats
-    ]
+    return [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)[:max_tokens] for chat in chats]
 
 
 def continue_greedily(
@@ -162,9 +157,7 @@ def measure_agreement(graph: DraftGraph, samples: Sequence[Sample], num_tokens: 
         for piece in pieces:
             logits = graph.extend(piece)
             if not np.isfinite(logits).all():
-                raise ModelError(
-                    "the exported draft yields logits that are not finite; take --precision fp32 or another draft"
-                )
+                raise ModelError("the exported draft yields logits that are not finite; take --precision fp32 or another draft")
             guesses.append(int(logits[:num_tokens].argmax()))
         runs.append([guess == token for guess, token in zip(guesses, sample.continuation_ids, strict=True)])
     survival = estimate_survival(runs)

@@ -27,9 +27,7 @@ class ChildError(Exception):
     def __init__(self, module: str, exit_code: int, output: str) -> None:
         lines = [line.strip() for line in output.splitlines() if line.strip()]
         self.last_lines = lines[-3:]
-        self.out_of_space = any(
-            words in output for words in ("No space left on device", "File too large", "Disk quota exceeded")
-        )
+        self.out_of_space = any(words in output for words in ("No space left on device", "File too large", "Disk quota exceeded"))
         super().__init__(f"{module} ended with exit code {exit_code}: {' | '.join(self.last_lines) or 'no output'}")
 
 

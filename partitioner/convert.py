@@ -27,9 +27,7 @@ def gguf_to_hugging_face(gguf: Path, folder: Path) -> None:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.name_or_path = ""
-    clean = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32
-    )  # the loaded one refuses to be saved: it has a quantizer
+    clean = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # the loaded one refuses to be saved: it has a quantizer
     clean.load_state_dict(loaded.state_dict())
     clean.tie_weights()
     clean.generation_config = GenerationConfig(

@@ -53,8 +53,7 @@ def download(
         except (http.client.HTTPException, OSError) as error:
             if isinstance(error, OSError) and error.errno in NO_SPACE:
                 raise FetchError(
-                    f"no room for {part}: {num_bytes - _size(part)} bytes are still to come; "
-                    "free some space and run it again"
+                    f"no room for {part}: {num_bytes - _size(part)} bytes are still to come; free some space and run it again"
                 ) from error
             reason = str(getattr(error, "reason", None) or error or type(error).__name__)
         if _size(part) > start:

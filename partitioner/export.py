@@ -39,9 +39,7 @@ def export_graph(model: ModelFolder, folder: Path, precision: Precision) -> Path
         )  # fmt: skip
     except ChildError as error:
         if error.out_of_space:
-            raise BundleError(
-                f"no room for the exported draft in {folder.parent}; free some space and run it again"
-            ) from error
+            raise BundleError(f"no room for the exported draft in {folder.parent}; free some space and run it again") from error
         raise ModelError(f"{model.path} cannot be exported as {precision} ONNX: {error}") from error
     graph = folder / GRAPH_FILES[0]
     if not graph.is_file():

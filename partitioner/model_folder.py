@@ -95,22 +95,16 @@ def _resolve(model: str | Path) -> Path:
             raise ModelError(f"{name} is not in the cache ({path}); run `edgecloud fetch {name}` first")
         return path.resolve()
     what = "is a file, not a model folder" if path.exists() else "does not exist"
-    raise ModelError(
-        f"{path} {what}; give a Hugging Face folder, or a name that `edgecloud fetch` knows: {', '.join(RECIPES)}"
-    )
+    raise ModelError(f"{path} {what}; give a Hugging Face folder, or a name that `edgecloud fetch` knows: {', '.join(RECIPES)}")
 
 
 def _require_causal_lm(path: Path, config: dict[str, Any]) -> None:
     architectures = config.get("architectures") or []
     if not any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
         found = ", ".join(map(str, architectures)) or "no architecture"
-        raise ModelError(
-            f"{path / 'config.json'} names {found}; edgecloud takes causal language models (...ForCausalLM)"
-        )
+        raise ModelError(f"{path / 'config.json'} names {found}; edgecloud takes causal language models (...ForCausalLM)")
     if "auto_map" in config:
-        raise ModelError(
-            f"{path / 'config.json'} asks for code out of the model's repository (auto_map), which is never run"
-        )
+        raise ModelError(f"{path / 'config.json'} asks for code out of the model's repository (auto_map), which is never run")
 
 
 def _whole_number(path: Path, config: dict[str, Any], key: str) -> int:
@@ -138,9 +132,7 @@ def _read_header(file: Path) -> list[tuple[str, int]]:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if not 0 < length <= size - 8:
-                raise ModelError(
-                    f"{file} is truncated or no safetensors file ({size} bytes); fetch or save the model again"
-                )
+                raise ModelError(f"{file} is truncated or no safetensors file ({size} bytes); fetch or save the model again")
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
         expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)

@@ -79,9 +79,7 @@ def _fill(folder: Path, inputs: Inputs, remark: Remark) -> PartitionReport:
         draft_fingerprint=draft_fingerprint,
         tokenizer_fingerprint=tokenizer.fingerprint,
         target_bytes=target.num_bytes,
-        draft_bytes=sum(
-            files[f"{DRAFT_FOLDER}/{name}"].num_bytes for name in GRAPH_FILES if f"{DRAFT_FOLDER}/{name}" in files
-        ),
+        draft_bytes=sum(files[f"{DRAFT_FOLDER}/{name}"].num_bytes for name in GRAPH_FILES if f"{DRAFT_FOLDER}/{name}" in files),
         device_bytes=sum(info.num_bytes for name, info in files.items() if name.startswith("edge/")),
         parity=parity,
         agreement=agreement,
@@ -131,14 +129,11 @@ def _check(
     room = shortest - check.NUM_CONTINUATION_TOKENS
     if room < 1:
         raise ModelError(
-            f"a context of {shortest} tokens is too short to check the draft, "
-            f"{check.NUM_CONTINUATION_TOKENS + 1} are needed"
+            f"a context of {shortest} tokens is too short to check the draft, {check.NUM_CONTINUATION_TOKENS + 1} are needed"
         )
     remark("the target's answers to the built-in prompts")
     target_model = check.load_torch(target, fp32=same)
-    samples = check.continue_greedily(
-        target_model, check.encode_prompts(target, room), eos_token_ids, inputs.num_tokens
-    )
+    samples = check.continue_greedily(target_model, check.encode_prompts(target, room), eos_token_ids, inputs.num_tokens)
     remark("logit parity of an fp32 export with torch")
     draft_model = target_model if same else check.load_torch(draft, fp32=True)
     scratch = folder / "parity"

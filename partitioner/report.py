@@ -55,14 +55,11 @@ class PartitionReport:
             "tokenizer": self.tokenizer_fingerprint[:16],
             "on the device": f"{_mb(self.device_bytes)} of files, {_mb(device.peak_rss_bytes)} of memory at the peak",
             "logit parity before quantization": (
-                f"{parity.max_relative_diff:.1e} of the largest logit (allowed {parity.bound:g}), "
-                f"{parity.num_positions} positions"
+                f"{parity.max_relative_diff:.1e} of the largest logit (allowed {parity.bound:g}), {parity.num_positions} positions"
             ),
             "agreement with the target, greedy": f"{agreement.acceptance_rate:.2f} of {agreement.num_positions} tokens",
             "first i drafts accepted, i=1..8": " ".join(f"{value:.2f}" for value in agreement.survival),
-            f"target passes per token, K={agreement.num_draft_tokens}": (
-                f"{agreement.target_passes_per_token:.2f} (prediction)"
-            ),
+            f"target passes per token, K={agreement.num_draft_tokens}": (f"{agreement.target_passes_per_token:.2f} (prediction)"),
             "draft speed here, one thread": f"{device.tokens_per_s:.0f} tokens/s, {device.decode_ms:.1f} ms a step",
         }
         for name, value in rows.items():

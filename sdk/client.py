@@ -109,15 +109,17 @@ class Client:
         verifier = None if self._cloud_address is None else RemoteVerifier(self._connection())
         return Session(self, verifier, system)
 
-    def describe(self) -> Service:
+    def describe(self, *, wait: bool = True) -> Service:
         """The handshake: what the service runs. Checked against the bundle, and remembered.
+
+        With `wait`, a refused connection is tried again until `timeout.connect_s`: a starting server is met that way.
 
         Raises:
             ConfigError: this client has no cloud.
             CloudUnavailableError: nothing answers. ModelMismatchError: it runs another target.
         """
         if self._service is None:
-            service = self._connection().describe()
+            service = self._connection().describe(wait=wait)
             _check_pair(self.bundle, service, self._cloud_address or "")
             self._service = service
         return self._service
@@ -241,11 +243,12 @@ class Client:
                 yield from self._remote_rounds(
                     tokens, "cloud" if mode == "cloud" else "speculative", remote, settings, max_new_tokens, num_draft_tokens,
                 )  # fmt: skip
-                return
             except CloudUnavailableError as error:
                 if mode != "auto":
                     raise
                 yield ModeChanged("edge", str(error))
+            else:
+                return
             finally:
                 if verifier is None:
                     remote.release()
@@ -271,7 +274,7 @@ class Client:
 
     def _reachable(self) -> bool:
         try:
-            self.describe()
+            self.describe(wait=False)
         except ModelMismatchError:
             raise
         except CloudError:
@@ -311,7 +314,8 @@ class Client:
 
                 graph = self.bundle.file(self.bundle.draft.model)
                 window, num_threads = self._window(), self._num_threads
-                self._drafter = ModelDrafter(lambda: DraftModel(graph, window, num_threads))
+                vocab_size = min(self.bundle.draft.vocab_size, self.bundle.target.vocab_size)
+                self._drafter = ModelDrafter(lambda: DraftModel(graph, window, num_threads), vocab_size)
             return self._drafter
 
 

@@ -67,8 +67,7 @@ def manifest_of(files: dict[str, bytes]) -> dict[str, Any]:
             "eos_token_ids": [2],
         },
         "files": {
-            name: {"sha256": hashlib.sha256(content).hexdigest(), "num_bytes": len(content)}
-            for name, content in files.items()
+            name: {"sha256": hashlib.sha256(content).hexdigest(), "num_bytes": len(content)} for name, content in files.items()
         },
         "checks": {"agreement": 0.7},
         "cut_points": [10, 20],
@@ -346,9 +345,7 @@ def test_a_wrong_type_is_named(folder: Path, field: str, value: Any) -> None:
         Bundle.open(folder)
 
 
-@pytest.mark.parametrize(
-    "entry", [None, [], "sha", {"sha256": 1, "num_bytes": 1}, {"sha256": "", "num_bytes": "1"}, {}]
-)
+@pytest.mark.parametrize("entry", [None, [], "sha", {"sha256": 1, "num_bytes": 1}, {"sha256": "", "num_bytes": "1"}, {}])
 def test_a_wrong_file_entry_is_named(folder: Path, entry: Any) -> None:
     edit(folder, lambda content: content["files"].update({"edge/draft/model.onnx": entry}))
     with pytest.raises(BundleCorruptError, match=r"files\.edge/draft/model\.onnx"):

@@ -48,9 +48,7 @@ def plain_gumbel(seed: int, position: int, v: int) -> float:
     return -math.log(-math.log1p(-(bits + 0.5) / 2**32))
 
 
-def plain_scores(
-    logits: Sequence[float], tokens: Sequence[int], sampling: SamplingSettings
-) -> tuple[list[float], float]:
+def plain_scores(logits: Sequence[float], tokens: Sequence[int], sampling: SamplingSettings) -> tuple[list[float], float]:
     """Processed logits plus noise, and how far the top-p border was from cutting elsewhere."""
     z, border = [float(x) for x in logits], math.inf
     for v in set(tokens):
@@ -131,6 +129,32 @@ def test_gumbel_is_the_definition(seed: int, position: int, vocab_size: int) -> 
     np.testing.assert_allclose(gumbel(seed, position, vocab_size), expected, rtol=1e-13, atol=1e-13)
 
 
+def assert_torch_noise(seed: int, position: int, v: int, w: int) -> None:
+    """Pins G(v) - G(w) between two pairs of logits, one of which v must win and one w."""
+    difference = plain_gumbel(seed, position, v) - plain_gumbel(seed, position, w)
+    logits = torch.full((2, max(v, w) + 1), -torch.inf, dtype=torch.float64)
+    logits[:, v] = 0.0
+    logits[:, w] = torch.tensor([difference - MARGIN, difference + MARGIN], dtype=torch.float64)
+    row = ChoiceRow(tokens=[0] * position, sampling=SamplingSettings(temperature=1.0, seed=seed))
+    assert choice_torch.choose(logits, [row, row]) == [v, w]
+
+
+@given(seeds, st.integers(0, 300), st.integers(0, 300), st.integers(0, 300))
+def test_torch_draws_the_noise_of_the_definition(seed: int, position: int, v: int, w: int) -> None:
+    assume(v != w)
+    assert_torch_noise(seed, position, v, w)
+
+
+# The noise at its ends. These entries were found by search: their 32 bits are all ones, and all zeros.
+HIGHEST, LOWEST = -math.log(-math.log1p(-(2.0**-33))), -math.log(-math.log1p(-(1 - 2.0**-33)))
+
+
+@pytest.mark.parametrize(("position", "v", "expected"), [(134390, 5349, HIGHEST), (1056, 7024, LOWEST), (115434, 510, LOWEST)])
+def test_the_ends_of_the_noise_are_finite_and_exact(position: int, v: int, expected: float) -> None:
+    assert gumbel(7, position, v + 1)[v] == pytest.approx(expected, abs=1e-12)
+    assert_torch_noise(7, position, v, v - 1)
+
+
 def test_gumbel_of_a_padded_vocabulary_starts_alike() -> None:
     """A draft with padded columns must draw the noise that the target draws."""
     np.testing.assert_array_equal(gumbel(7, 11, 1001)[:999], gumbel(7, 11, 999))
@@ -139,14 +163,11 @@ def test_gumbel_of_a_padded_vocabulary_starts_alike() -> None:
 @given(logit_rows, contexts, settings_)
 def test_numpy_and_torch_choose_as_defined(logits: Logits, tokens: list[int], sampling: SamplingSettings) -> None:
     expected = plain_choice(logits.tolist(), tokens, sampling)
-    assert choose(logits, tokens, sampling) == expected
-    assert torch_choice(logits, tokens, sampling) == expected
+    assert choose(logits, tokens, sampling) == torch_choice(logits, tokens, sampling) == expected
 
 
 @given(logit_rows, contexts, settings_)
-def test_process_keeps_the_tokens_that_the_definition_keeps(
-    logits: Logits, tokens: list[int], sampling: SamplingSettings
-) -> None:
+def test_process_keeps_the_tokens_that_the_definition_keeps(logits: Logits, tokens: list[int], sampling: SamplingSettings) -> None:
     scores, border = plain_scores(logits.tolist(), tokens, sampling)
     assume(border > MARGIN)
     before = logits.copy()
@@ -275,9 +296,7 @@ def test_greedy_takes_the_first_of_equals() -> None:
 @pytest.mark.parametrize("bit", [0, 1, 31, 32, 63])
 def test_every_part_of_the_seed_counts(bit: int) -> None:
     logits = np.zeros(1000, np.float32)
-    texts = [
-        [choose(logits, [0] * n, SamplingSettings(temperature=1.0, seed=s)) for n in range(8)] for s in (0, 1 << bit)
-    ]
+    texts = [[choose(logits, [0] * n, SamplingSettings(temperature=1.0, seed=s)) for n in range(8)] for s in (0, 1 << bit)]
     assert texts[0] != texts[1]
 
 
@@ -293,6 +312,20 @@ def test_keeping_one_token_is_greedy(values: list[float], temperature: float, se
     for top_k, top_p in ((1, 1.0), (0, 1e-9), (1, 1e-9)):
         sampling = SamplingSettings(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         assert choose(logits, [0], sampling) == torch_choice(logits, [0], sampling) == logits.argmax()
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"),
+    [(1e-9, 1), (0.4999, 1), (0.5001, 2), (0.7999, 2), (0.8001, 3), (0.9499, 3), (0.9501, 4), (1.0, 4)],
+)
+def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, kept: int) -> None:
+    order = [2, 0, 3, 1]  # from likely to unlikely
+    logits = np.empty(4, np.float32)
+    logits[order] = np.log([0.5, 0.3, 0.15, 0.05])
+    sampling = SamplingSettings(temperature=1.0, top_p=top_p)
+    assert set(np.flatnonzero(np.isfinite(process(logits, [], sampling)))) == set(order[:kept])
+    assert {choose(logits, [0] * n, sampling) for n in range(150)} == set(order[:kept])
+    assert {torch_choice(logits, [0] * n, sampling) for n in range(150)} == set(order[:kept])
 
 
 def test_top_k_keeps_ties_of_the_last_kept() -> None:
@@ -350,9 +383,7 @@ def oracle() -> ModuleType:
 
 
 @given(logit_rows, contexts, settings_)
-def test_the_oracle_chooses_the_same(
-    oracle: ModuleType, logits: Logits, tokens: list[int], sampling: SamplingSettings
-) -> None:
+def test_the_oracle_chooses_the_same(oracle: ModuleType, logits: Logits, tokens: list[int], sampling: SamplingSettings) -> None:
     tokens = [t for t in tokens if t < len(logits)] or [0]  # the oracle takes no others
     assume(plain_scores(logits.tolist(), tokens, sampling)[1] > MARGIN)
     expected, margin = oracle.choose(

@@ -128,9 +128,7 @@ SAMPLING = 5  # its number in both requests
 
 @pytest.mark.parametrize("number", [15, 99, 536_870_911])
 @pytest.mark.parametrize("content", [0, 7, b"", b"later"])
-@pytest.mark.parametrize(
-    "kind", [pb.VerifyRequest, pb.DecodeRequest, pb.DescribeRequest, pb.ReleaseRequest, pb.Sampling]
-)
+@pytest.mark.parametrize("kind", [pb.VerifyRequest, pb.DecodeRequest, pb.DescribeRequest, pb.ReleaseRequest, pb.Sampling])
 def test_an_unknown_field_is_refused_by_number(kind: type[Message], content: int | bytes, number: int) -> None:
     message = kind()
     message.ParseFromString(field(number, content))
@@ -139,9 +137,7 @@ def test_an_unknown_field_is_refused_by_number(kind: type[Message], content: int
 
 
 @pytest.mark.parametrize("kind", [pb.VerifyRequest, pb.DecodeRequest])
-@pytest.mark.parametrize(
-    "known", [b"", pb.Sampling(temperature=1.0, seed=3).SerializeToString()], ids=["alone", "beside"]
-)
+@pytest.mark.parametrize("known", [b"", pb.Sampling(temperature=1.0, seed=3).SerializeToString()], ids=["alone", "beside"])
 def test_an_unknown_field_inside_sampling_is_refused_by_number(kind: type[Message], known: bytes) -> None:
     message = kind()
     message.ParseFromString(field(1, bytes(16)) + field(SAMPLING, known + field(12, 1)))

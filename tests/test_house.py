@@ -89,9 +89,7 @@ def test_a_module_says_why_it_exists(path: Path) -> None:
 def repository_files() -> list[Path]:
     """What is tracked or would be; in an unpacked sdist, where there is no git, everything of ours."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    listed = (
-        subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False) if shutil.which("git") else None
-    )
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False) if shutil.which("git") else None
     if listed is not None and listed.returncode == 0:
         return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
     folders = [*PACKAGES, "tests", "benchmarks", "examples", "docs"]

