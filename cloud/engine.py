@@ -80,12 +80,16 @@ class Engine:
         return self._load
 
     def run(self) -> None:
-        """Serve until `stop`."""
-        while self._receive():
-            self.step()
-            self._load = EngineLoad(len(self._sessions), self._num_waiting(), self._pool.num_free, self._pool.num_pages)
-        for job in [*self._jobs, *(job for waiting in self._deferred.values() for job in waiting)]:
-            job.answer(Failed("the engine was stopped"))
+        """Serve until `stop`. However it ends, nobody is left waiting for an answer."""
+        try:
+            while self._receive():
+                self.step()
+                self._load = EngineLoad(len(self._sessions), self._num_waiting(), self._pool.num_free, self._pool.num_pages)
+        finally:
+            queued = [self._inbox.get() for _ in range(self._inbox.qsize())]
+            deferred = [job for waiting in self._deferred.values() for job in waiting]
+            for job in [*self._jobs, *deferred, *(item for item in queued if isinstance(item, Job))]:
+                job.answer(Failed("the engine was stopped"))
 
     def _receive(self) -> bool:
         """Take in what has come, waiting a while when there is nothing to do. False after `stop`."""
@@ -205,7 +209,7 @@ class Engine:
         session.table.crop_to(cached)
         job.num_emitted += 1
         request = job.request
-        full = len(session.tokens) >= self.max_context_tokens
+        full = len(session.tokens) > self.max_context_tokens  # the last token needs no place: no pass follows it
         last = job.num_emitted >= request.max_new_tokens or token in request.stop_token_ids or full
         now = time.monotonic()
         queue_ms = max(0.0, (now - job.arrived_s) * 1e3 - job.compute_ms)

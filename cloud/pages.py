@@ -29,10 +29,10 @@ class PagePool:
         if count > self.num_free:
             raise OutOfPagesError(f"{count} pages asked for, {self.num_free} of {self.num_pages} are free")
         pages: list[int] = []
-        for _ in range(count):
+        for missing in range(count, 0, -1):
             page = -1 if after is None else after + 1
             if not (0 <= page < self.num_pages and self._free[page]):
-                page = self._start_of_new_run()
+                page = self._start_of_new_run(missing)
             self._free[page] = False
             pages.append(page)
             after = page
@@ -45,14 +45,15 @@ class PagePool:
         self._free[pages] = True
         self.num_free += len(pages)
 
-    def _start_of_new_run(self) -> int:
+    def _start_of_new_run(self, count: int) -> int:
+        """Where `count` pages begin: past the middle only as far as they fit."""
         edges = np.flatnonzero(np.diff(self._free, prepend=False, append=False))
         starts, stops = edges[0::2], edges[1::2]
         longest = int(np.argmax(stops - starts))
         start, stop = int(starts[longest]), int(stops[longest])
         if start == 0:
             return 0
-        return (start + stop) // 2
+        return max(start, min((start + stop) // 2, stop - count))
 
 
 class PageTable:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Protocol
 
 from edgecloud.cloud.engine import Engine
@@ -52,7 +53,7 @@ class EngineThread:
         cancelled = threading.Event()
 
         def answer(value: Answer) -> None:
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # the loop was closed: nobody listens any more
                 loop.call_soon_threadsafe(answers.put_nowait, value)
 
         if not self._thread.is_alive():

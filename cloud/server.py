@@ -6,7 +6,8 @@ import asyncio
 import ipaddress
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -124,10 +125,33 @@ async def _serve(
     limits: Limits,
     on_serving: Callable[[Serving], None],
 ) -> None:
+    async with listening(service, config.host, config.port, limits.max_message_bytes, credentials) as address:
+        stopping = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+        on_serving(
+            Serving(
+                address=address,
+                model_name=identity.model_name,
+                model_fingerprint=identity.model_fingerprint,
+                dtype=identity.dtype,
+                device=config.device,
+                max_context_tokens=limits.max_context_tokens,
+                tls=credentials is not None,
+            )
+        )
+        await stopping.wait()
+
+
+@asynccontextmanager
+async def listening(
+    service: VerificationService, host: str, port: int, max_message_bytes: int, credentials: grpc.ServerCredentials | None = None
+) -> AsyncIterator[str]:
+    """Serve, with health checks and reflection, while the context lasts; gives HOST:PORT. Raises ServerError: cannot listen."""
     server = grpc.aio.server(
         options=[
             ("grpc.so_reuseport", 0),
-            ("grpc.max_receive_message_length", limits.max_message_bytes),
+            ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_concurrent_streams", 256),
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
@@ -137,7 +161,8 @@ async def _serve(
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection((codec.SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    address = f"{config.host}:{config.port}" if ":" not in config.host else f"[{config.host}]:{config.port}"
+    bracketed = f"[{host}]" if ":" in host else host
+    address = f"{bracketed}:{port}"
     try:
         port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     except RuntimeError as error:
@@ -145,23 +170,11 @@ async def _serve(
     for name in ("", codec.SERVICE_NAME):
         await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
     await server.start()
-    stopping = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    on_serving(
-        Serving(
-            address=f"{address.rpartition(':')[0]}:{port}",
-            model_name=identity.model_name,
-            model_fingerprint=identity.model_fingerprint,
-            dtype=identity.dtype,
-            device=config.device,
-            max_context_tokens=limits.max_context_tokens,
-            tls=credentials is not None,
-        )
-    )
-    await stopping.wait()
-    await checks.enter_graceful_shutdown()
-    await server.stop(STOP_GRACE_S)
+    try:
+        yield f"{bracketed}:{port}"
+    finally:
+        await checks.enter_graceful_shutdown()
+        await server.stop(STOP_GRACE_S)
 
 
 def _target(model: Path) -> tuple[Path, str, str | None]:

@@ -52,6 +52,10 @@ class VerificationService(pb_grpc.VerificationServicer):
         self, request: pb.DescribeRequest, context: ServicerContext[pb.DescribeRequest, pb.DescribeReply]
     ) -> pb.DescribeReply:
         """Protocol, fingerprints, limits, load."""
+        try:
+            codec.refuse_unknown_fields(request)
+        except ConfigError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         load = self._engine.load
         identity, limits = self._identity, self._limits
         return pb.DescribeReply(
@@ -140,6 +144,8 @@ class VerificationService(pb_grpc.VerificationServicer):
         stop_ids = frozenset() if isinstance(request, pb.VerifyRequest) else frozenset(request.stop_token_ids)
         if request.context_start < 0:
             raise ConfigError(f"context_start is {request.context_start}; it takes a position from 0")
+        if request.context_start == 0 and request.context_hash != 0:
+            raise ConfigError(f"context_hash is {request.context_hash:#x}; before context_start 0 there is nothing to hash: send 0")
         length = request.context_start + len(context_ids)
         if length < 1:
             raise ConfigError("the context is empty; send at least one token")

@@ -81,6 +81,9 @@ class Cloud:
         try:
             reply: pb.DescribeReply = self.stub.Describe(pb.DescribeRequest(), timeout=self.timeout.connect_s, wait_for_ready=wait)
         except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+                words = f"nothing answers at {self.address} within {self.timeout.connect_s:g} s; is `edgecloud serve` running?"
+                raise CloudUnavailableError(words) from error
             raise _map(error, self.address) from error
         if reply.protocol_version != codec.PROTOCOL_VERSION:
             raise ProtocolError(

@@ -19,7 +19,8 @@ class AsyncClient:
 
     def __init__(self, bundle: str | os.PathLike[str], cloud: str | None = None, **options: Any) -> None:
         self._client = Client(bundle, cloud, **options)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="edgecloud")  # one: generations take turns anyway
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="edgecloud")
+        self._turn = asyncio.Lock()  # generations take turns on the one thread
 
     async def generate(self, prompt: Prompt, **options: Any) -> Reply:
         """As `Client.generate`."""
@@ -27,11 +28,11 @@ class AsyncClient:
 
     def stream(self, prompt: Prompt, **options: Any) -> AsyncStream:
         """As `Client.stream`: `async for event in client.stream(...)`."""
-        return AsyncStream(self._thread, lambda: self._client.stream(prompt, **options))
+        return AsyncStream(self._thread, self._turn, lambda: self._client.stream(prompt, **options))
 
     def session(self, system: str | None = None) -> AsyncSession:
         """As `Client.session`."""
-        return AsyncSession(self._thread, self._client.session(system))
+        return AsyncSession(self._thread, self._turn, self._client.session(system))
 
     async def describe(self) -> Service:
         """As `Client.describe`."""
@@ -52,8 +53,9 @@ class AsyncClient:
 class AsyncSession:
     """Mirrors `Session`."""
 
-    def __init__(self, thread: ThreadPoolExecutor, session: Session) -> None:
+    def __init__(self, thread: ThreadPoolExecutor, turn: asyncio.Lock, session: Session) -> None:
         self._thread = thread
+        self._turn = turn
         self._session = session
 
     async def generate(self, prompt: str, **options: Any) -> Reply:
@@ -62,7 +64,7 @@ class AsyncSession:
 
     def stream(self, prompt: str, **options: Any) -> AsyncStream:
         """As `Session.stream`."""
-        return AsyncStream(self._thread, lambda: self._session.stream(prompt, **options))
+        return AsyncStream(self._thread, self._turn, lambda: self._session.stream(prompt, **options))
 
     async def close(self) -> None:
         """As `Session.close`."""
@@ -78,20 +80,22 @@ class AsyncSession:
 class AsyncStream:
     """`async for event in stream`; then `stream.reply`."""
 
-    def __init__(self, thread: ThreadPoolExecutor, start: Callable[[], GenerationStream]) -> None:
+    def __init__(self, thread: ThreadPoolExecutor, turn: asyncio.Lock, start: Callable[[], GenerationStream]) -> None:
         self._thread = thread
+        self._turn = turn
         self._start = start
         self._stream: GenerationStream | None = None
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         loop = asyncio.get_running_loop()
-        stream = await loop.run_in_executor(self._thread, self._start)
-        self._stream = stream
-        try:
-            while (event := await loop.run_in_executor(self._thread, lambda: next(stream, None))) is not None:
-                yield event
-        finally:
-            await asyncio.shield(loop.run_in_executor(self._thread, stream.close))
+        async with self._turn:
+            stream = await loop.run_in_executor(self._thread, self._start)
+            self._stream = stream
+            try:
+                while (event := await loop.run_in_executor(self._thread, lambda: next(stream, None))) is not None:
+                    yield event
+            finally:
+                await asyncio.shield(loop.run_in_executor(self._thread, stream.close))
 
     @property
     def reply(self) -> Reply:

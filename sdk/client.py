@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,9 @@ Prompt = str | Sequence[Mapping[str, str]]
 
 
 class Client:
-    """Generates text with the models of a bundle. A context manager; generations take turns on the device's one cache.
+    """Generates text with the models of a bundle. A context manager.
+
+    Generations take turns on the device's one cache; in mode `cloud`, which does not use it, they run side by side.
 
     No file is read and no connection opened before the first use.
 
@@ -74,7 +76,7 @@ class Client:
         self._cloud: Cloud | None = None
         self._service: Service | None = None
         self._loading = threading.RLock()
-        self._generating = threading.Lock()
+        self._turn = Turn()
         self._closed = False
 
     def generate(self, prompt: Prompt, **options: Any) -> Reply:
@@ -201,7 +203,7 @@ class Client:
         def events() -> Generator[Event]:
             if self._closed:
                 raise ConfigError("this client is closed; make another")
-            with self._generating:
+            with nullcontext() if mode == "cloud" else self._turn:
                 try:
                     with closing(rounds()) as steps:  # type: ignore[type-var]  # a generator
                         for step in steps:
@@ -317,6 +319,25 @@ class Client:
                 vocab_size = min(self.bundle.draft.vocab_size, self.bundle.target.vocab_size)
                 self._drafter = ModelDrafter(lambda: DraftModel(graph, window, num_threads), vocab_size)
             return self._drafter
+
+
+class Turn:
+    """One generation at a time on the device's one cache; others wait, unless they would wait for themselves."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._holder: int | None = None
+
+    def __enter__(self) -> None:
+        """Raises ConfigError when this thread holds the turn already: it would wait for ever."""
+        if self._holder == threading.get_ident():
+            raise ConfigError("another stream of this client is open on this thread; finish or close it first")
+        self._lock.acquire()
+        self._holder = threading.get_ident()
+
+    def __exit__(self, *_: object) -> None:
+        self._holder = None
+        self._lock.release()
 
 
 def _check_pair(bundle: Bundle, service: Service, address: str) -> None:

@@ -1,4 +1,4 @@
-"""Coupled choice: the definition written again in plain Python, against the NumPy and the torch kernel."""
+"""Coupled choice: the definition written again in plain Python, against the reference and the kernels of device and cloud."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import numpy.typing as npt
 import pytest
 import scipy.stats
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from edgecloud.kernels import choice_torch
+from edgecloud.kernels import choice_numpy, choice_torch
 from edgecloud.kernels.choice import choose, gumbel, philox4x32, process
 from edgecloud.kernels.choice_torch import ChoiceRow
 from edgecloud.sampling import SamplingSettings
@@ -86,6 +86,12 @@ def torch_choice(logits: Logits, tokens: Sequence[int], sampling: SamplingSettin
     return token
 
 
+def choices(logits: Logits, tokens: Sequence[int], sampling: SamplingSettings) -> set[int]:
+    """What the reference, the device and the cloud choose: one element, if they agree."""
+    on_device = choice_numpy.choose(logits, tokens, sampling)
+    return {choose(logits, tokens, sampling), on_device, torch_choice(logits, tokens, sampling)}
+
+
 def random_logits(vocab_size: int, seed: int = 0) -> Logits:
     return (np.random.default_rng(seed).normal(size=vocab_size) * 3).astype(np.float32)
 
@@ -129,20 +135,25 @@ def test_gumbel_is_the_definition(seed: int, position: int, vocab_size: int) -> 
     np.testing.assert_allclose(gumbel(seed, position, vocab_size), expected, rtol=1e-13, atol=1e-13)
 
 
-def assert_torch_noise(seed: int, position: int, v: int, w: int) -> None:
+def assert_noise(seed: int, position: int, v: int, w: int) -> None:
     """Pins G(v) - G(w) between two pairs of logits, one of which v must win and one w."""
     difference = plain_gumbel(seed, position, v) - plain_gumbel(seed, position, w)
-    logits = torch.full((2, max(v, w) + 1), -torch.inf, dtype=torch.float64)
+    logits = np.full((2, max(v, w) + 1), -np.inf)
     logits[:, v] = 0.0
-    logits[:, w] = torch.tensor([difference - MARGIN, difference + MARGIN], dtype=torch.float64)
-    row = ChoiceRow(tokens=[0] * position, sampling=SamplingSettings(temperature=1.0, seed=seed))
-    assert choice_torch.choose(logits, [row, row]) == [v, w]
+    logits[:, w] = [difference - MARGIN, difference + MARGIN]
+    tokens, sampling = [0] * position, SamplingSettings(temperature=1.0, seed=seed)
+    row = ChoiceRow(tokens=tokens, sampling=sampling)
+    assert choice_torch.choose(torch.from_numpy(logits), [row, row]) == [v, w]
+    assert [choice_numpy.choose(pair, tokens, sampling) for pair in logits] == [v, w]
+    filtered = replace(sampling, top_k=2)  # draws the noise of two tokens alone
+    assert choice_torch.choose(torch.from_numpy(logits), [replace(row, sampling=filtered)] * 2) == [v, w]
+    assert [choice_numpy.choose(pair, tokens, filtered) for pair in logits] == [v, w]
 
 
 @given(seeds, st.integers(0, 300), st.integers(0, 300), st.integers(0, 300))
-def test_torch_draws_the_noise_of_the_definition(seed: int, position: int, v: int, w: int) -> None:
+def test_device_and_cloud_draw_the_noise_of_the_definition(seed: int, position: int, v: int, w: int) -> None:
     assume(v != w)
-    assert_torch_noise(seed, position, v, w)
+    assert_noise(seed, position, v, w)
 
 
 # The noise at its ends. These entries were found by search: their 32 bits are all ones, and all zeros.
@@ -152,7 +163,7 @@ HIGHEST, LOWEST = -math.log(-math.log1p(-(2.0**-33))), -math.log(-math.log1p(-(1
 @pytest.mark.parametrize(("position", "v", "expected"), [(134390, 5349, HIGHEST), (1056, 7024, LOWEST), (115434, 510, LOWEST)])
 def test_the_ends_of_the_noise_are_finite_and_exact(position: int, v: int, expected: float) -> None:
     assert gumbel(7, position, v + 1)[v] == pytest.approx(expected, abs=1e-12)
-    assert_torch_noise(7, position, v, v - 1)
+    assert_noise(7, position, v, v - 1)
 
 
 def test_gumbel_of_a_padded_vocabulary_starts_alike() -> None:
@@ -161,9 +172,9 @@ def test_gumbel_of_a_padded_vocabulary_starts_alike() -> None:
 
 
 @given(logit_rows, contexts, settings_)
-def test_numpy_and_torch_choose_as_defined(logits: Logits, tokens: list[int], sampling: SamplingSettings) -> None:
+def test_every_kernel_chooses_as_defined(logits: Logits, tokens: list[int], sampling: SamplingSettings) -> None:
     expected = plain_choice(logits.tolist(), tokens, sampling)
-    assert choose(logits, tokens, sampling) == torch_choice(logits, tokens, sampling) == expected
+    assert choices(logits, tokens, sampling) == {expected}
 
 
 @given(logit_rows, contexts, settings_)
@@ -199,12 +210,31 @@ def test_rows_of_one_call_do_not_know_each_other(
     ],
     ids=lambda s: f"T{s.temperature}-k{s.top_k}-p{s.top_p}-r{s.repetition_penalty}",
 )
-def test_numpy_and_torch_agree_on_a_real_vocabulary(vocab_size: int, sampling: SamplingSettings) -> None:
+def test_the_kernels_agree_on_a_real_vocabulary(vocab_size: int, sampling: SamplingSettings) -> None:
     logits = np.stack([random_logits(vocab_size, i) for i in range(6)])
     contexts = [list(range(0, 50 * (i + 1), 3)) for i in range(6)]
     rows = [ChoiceRow(tokens=tokens, sampling=sampling) for tokens in contexts]
     expected = [choose(row, tokens, sampling) for row, tokens in zip(logits, contexts, strict=True)]
     assert choice_torch.choose(torch.from_numpy(logits), rows) == expected
+    assert [choice_numpy.choose(row, tokens, sampling) for row, tokens in zip(logits, contexts, strict=True)] == expected
+
+
+@given(
+    vocab_size=st.sampled_from([511, 512, 513, 600, 1500]),
+    scale=st.sampled_from([0.0, 0.05, 1.0, 4.0]),
+    distinct=st.sampled_from([2, 5, 40, 10**6]),
+    data_seed=st.integers(0, 2**32 - 1),
+    tokens=contexts,
+    sampling=settings_,
+)
+@settings(max_examples=60)
+def test_a_nucleus_of_any_size_is_kept_whole(
+    vocab_size: int, scale: float, distinct: int, data_seed: int, tokens: list[int], sampling: SamplingSettings
+) -> None:
+    """The kernels look among the largest few hundred logits first: flat distributions and long ties do not fit there."""
+    logits = np.random.default_rng(data_seed).normal(size=vocab_size) * scale
+    logits = (np.round(logits * distinct) / distinct).astype(np.float32)
+    assert choices(logits, tokens, sampling) == {plain_choice(logits.tolist(), tokens, sampling)}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -244,21 +274,21 @@ def assert_follows(counts: npt.NDArray[np.int64], p: npt.NDArray[np.float64]) ->
 @pytest.mark.parametrize("sampling", DISTRIBUTIONS, ids=lambda s: f"T{s.temperature}-k{s.top_k}-p{s.top_p}")
 def test_choices_over_positions_follow_the_softmax(sampling: SamplingSettings) -> None:
     logits = np.random.default_rng(0).normal(size=10).astype(np.float32)
-    choices = [choose(logits, [0] * n, sampling) for n in range(1, 6001)]
-    assert_follows(np.bincount(choices, minlength=10), softmax_of(logits, sampling))
+    drawn = [choice_numpy.choose(logits, [0] * n, sampling) for n in range(1, 6001)]
+    assert_follows(np.bincount(drawn, minlength=10), softmax_of(logits, sampling))
 
 
 @pytest.mark.parametrize("sampling", DISTRIBUTIONS, ids=lambda s: f"T{s.temperature}-k{s.top_k}-p{s.top_p}")
 def test_choices_over_seeds_follow_the_softmax(sampling: SamplingSettings) -> None:
     logits = np.random.default_rng(1).normal(size=10).astype(np.float32)
     rows = [ChoiceRow(tokens=[0], sampling=replace(sampling, seed=seed)) for seed in range(4000)]
-    choices = choice_torch.choose(torch.from_numpy(logits).expand(len(rows), -1), rows)
-    assert_follows(np.bincount(choices, minlength=10), softmax_of(logits, sampling))
+    drawn = choice_torch.choose(torch.from_numpy(logits).expand(len(rows), -1), rows)
+    assert_follows(np.bincount(drawn, minlength=10), softmax_of(logits, sampling))
 
 
 def test_neighbouring_positions_are_independent() -> None:
-    choices = [choose(np.zeros(4, np.float32), [0] * n, SamplingSettings(temperature=1.0)) for n in range(8000)]
-    pairs = np.bincount([4 * a + b for a, b in zip(choices[::2], choices[1::2], strict=True)], minlength=16)
+    drawn = [choose(np.zeros(4, np.float32), [0] * n, SamplingSettings(temperature=1.0)) for n in range(8000)]
+    pairs = np.bincount([4 * a + b for a, b in zip(drawn[::2], drawn[1::2], strict=True)], minlength=16)
     assert_follows(pairs, np.full(16, 1 / 16))
 
 
@@ -282,15 +312,14 @@ def test_greedy_ignores_the_seed_and_top_k_and_top_p(
 ) -> None:
     plain = SamplingSettings(repetition_penalty=repetition_penalty)
     dressed = replace(plain, seed=seed, top_k=1, top_p=0.5)
-    expected = choose(logits, tokens, plain)
-    assert choose(logits, tokens, dressed) == expected
-    assert torch_choice(logits, tokens, dressed) == expected
+    assert choices(logits, tokens, dressed) == choices(logits, tokens, plain)
+    assert len(choices(logits, tokens, plain)) == 1
 
 
 def test_greedy_takes_the_first_of_equals() -> None:
     logits = np.array([0, 3, 3, 3], np.float32)
     for sampling in (SamplingSettings(), SamplingSettings(repetition_penalty=1.5)):
-        assert choose(logits, [0], sampling) == torch_choice(logits, [0], sampling) == 1
+        assert choices(logits, [0], sampling) == {1}
 
 
 @pytest.mark.parametrize("bit", [0, 1, 31, 32, 63])
@@ -311,7 +340,7 @@ def test_keeping_one_token_is_greedy(values: list[float], temperature: float, se
     logits = np.array(values, np.float32)
     for top_k, top_p in ((1, 1.0), (0, 1e-9), (1, 1e-9)):
         sampling = SamplingSettings(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        assert choose(logits, [0], sampling) == torch_choice(logits, [0], sampling) == logits.argmax()
+        assert choices(logits, [0], sampling) == {logits.argmax()}
 
 
 @pytest.mark.parametrize(
@@ -324,15 +353,13 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, kept: int) -
     logits[order] = np.log([0.5, 0.3, 0.15, 0.05])
     sampling = SamplingSettings(temperature=1.0, top_p=top_p)
     assert set(np.flatnonzero(np.isfinite(process(logits, [], sampling)))) == set(order[:kept])
-    assert {choose(logits, [0] * n, sampling) for n in range(150)} == set(order[:kept])
-    assert {torch_choice(logits, [0] * n, sampling) for n in range(150)} == set(order[:kept])
+    assert set.union(*(choices(logits, [0] * n, sampling) for n in range(150))) == set(order[:kept])
 
 
 def test_top_k_keeps_ties_of_the_last_kept() -> None:
     logits, sampling = np.array([2, 1, 1, 0], np.float32), SamplingSettings(temperature=1.0, top_k=2)
     assert np.isfinite(process(logits, [], sampling)).tolist() == [True, True, True, False]
-    assert {choose(logits, [0] * n, sampling) for n in range(60)} == {0, 1, 2}
-    assert {torch_choice(logits, [0] * n, sampling) for n in range(60)} == {0, 1, 2}
+    assert set.union(*(choices(logits, [0] * n, sampling) for n in range(60))) == {0, 1, 2}
 
 
 @pytest.mark.parametrize("sampling", [SamplingSettings(), *DISTRIBUTIONS], ids=lambda s: f"T{s.temperature}-k{s.top_k}")
@@ -340,15 +367,14 @@ def test_a_masked_logit_is_never_chosen(sampling: SamplingSettings) -> None:
     logits = np.array([-np.inf, 1, -np.inf, 0, -np.inf], np.float32)
     for n in range(40):
         tokens = [0, 2] * n
-        assert choose(logits, tokens, sampling) in {1, 3}
-        assert torch_choice(logits, tokens, sampling) == choose(logits, tokens, sampling)
+        assert choices(logits, tokens, sampling) in ({1}, {3})
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-3, 100.0])
 def test_extreme_temperatures_stay_finite(temperature: float) -> None:
     logits = np.array([-1000, 0, 999, 1000], np.float32)
     sampling = SamplingSettings(temperature=temperature, top_k=3, top_p=0.99, seed=1)
-    assert choose(logits, [0], sampling) == torch_choice(logits, [0], sampling)
+    assert len(choices(logits, [0], sampling)) == 1
     assert not np.isnan(process(logits, [0], sampling)).any()
 
 
@@ -357,7 +383,7 @@ def test_the_penalty_skips_tokens_beyond_the_vocabulary() -> None:
     logits, tokens = np.array([1, 2, 3], np.float32), [2, 3, 4, 100_000]
     sampling = SamplingSettings(repetition_penalty=2.0)
     assert process(logits, tokens, sampling).tolist() == [1.0, 2.0, 1.5]
-    assert choose(logits, tokens, sampling) == torch_choice(logits, tokens, sampling) == 1
+    assert choices(logits, tokens, sampling) == {1}
 
 
 def test_the_penalty_counts_a_repeated_token_once() -> None:
@@ -396,5 +422,4 @@ def test_the_oracle_chooses_the_same(oracle: ModuleType, logits: Logits, tokens:
         repetition_penalty=sampling.repetition_penalty,
     )
     assume(sampling.greedy or margin > MARGIN)
-    assert choose(logits, tokens, sampling) == expected
-    assert torch_choice(logits, tokens, sampling) == expected
+    assert choices(logits, tokens, sampling) == {expected}

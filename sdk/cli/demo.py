@@ -10,6 +10,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -20,13 +21,13 @@ from edgecloud.cli.output import JsonFlag, print_json, progress_console, table_c
 if TYPE_CHECKING:
     from edgecloud.demo import DemoReport, Row
 
-TABLE_WIDTH = 100  # where there is no terminal to fit into
+TABLE_WIDTH, REMARK_EVERY = 100, 14  # where there is no terminal
 
 
 @app.command()
 def demo(
     prompts: Annotated[int, typer.Option(help="How many of the built-in prompts.")] = 12,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 24,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 20,
     bundle: Annotated[Path | None, typer.Option(help="Take this bundle; default: fetch and partition the demo pair.")] = None,
     json: JsonFlag = False,
 ) -> None:
@@ -48,13 +49,13 @@ def demo(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("generating", total=None, visible=False)
-        report = run_demo(
-            path,
-            prompts,
-            max_new_tokens,
-            remark=remark,
-            progress=lambda done, total: bar.update(task, completed=done, total=total, visible=True),
-        )
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, visible=True)
+            if not console.is_terminal and done % REMARK_EVERY == 0:
+                remark(f"{done} of {total} generations")
+
+        report = run_demo(path, prompts, max_new_tokens, remark=remark, progress=progress)
     remark(f"done in {time.monotonic() - begin:.0f} s")
     if json:
         print_json(report.to_dict())
@@ -74,13 +75,15 @@ def to_table(report: DemoReport) -> Table:
     table = Table(
         title=f"{report.bundle}, {report.num_prompts} prompts, {report.max_new_tokens} tokens, greedy\n"
         f"{pins if report.cloud_cpu is not None else 'one core for all'}; {report.machine['cpu']}",
-        caption="times are medians over the prompts; accepted: share of draft tokens; passes, bytes: per token, prompt included",
+        box=SIMPLE_HEAD,
+        caption="Times are medians over the prompts. Accepted: share of the draft tokens. Passes and bytes: per token of the "
+        "answer, the prompt's included. Agree: share of tokens before the first that differs.",
     )
     for heading in ("link", "mode"):
         table.add_column(heading, no_wrap=True)
     for heading in ("RTT\nms", "TTFT\nms", "TPOT\nms", "accepted\n", "cloud\npasses", "bytes\nup", "bytes\ndown"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("text identical\nto cloud")
+    table.add_column("text identical\nto cloud", no_wrap=True)
     for row in report.rows:
         table.add_row(*_cells(row), end_section=row.mode != "cloud")
     return table
@@ -103,7 +106,7 @@ def _cells(row: Row) -> list[str]:
 
 def _identity(row: Row) -> str:
     if not row.verified:
-        return f"unverified: {row.agreement:.0%} agree"
+        return f"unverified, {row.agreement:.0%} agree"
     if row.identical:
         return "yes"
     return f"no: {row.num_prompts - row.num_identical} of {row.num_prompts} differ"

@@ -1,0 +1,254 @@
+"""What the tests of modes, client and command line share: model pairs as bundles, real servers, and plain decoding."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+import torch
+from tiny import make_tiny_llama
+from transformers import AutoModelForCausalLM
+
+from edgecloud.bundle import MANIFEST
+from edgecloud.fingerprint import sha256_file
+from edgecloud.kernels.choice import gumbel, process
+from edgecloud.partitioner.export import export_graph
+from edgecloud.partitioner.inputs import check_inputs
+from edgecloud.partitioner.model_folder import ModelFolder
+from edgecloud.partitioner.partition import partition
+from edgecloud.rpc import edgecloud_pb2 as pb
+from edgecloud.rpc import edgecloud_pb2_grpc as pb_grpc
+from edgecloud.sampling import SamplingSettings
+
+EDGECLOUD = [sys.executable, "-c", "from edgecloud.cli import main; main()"]
+TIE = 1e-4  # exactness is promised where the target's first choice leads its second by more
+ROOT = Path(__file__).resolve().parents[1]
+PATIENCE_S = 60.0  # how long a condition may take that takes a moment on an idle machine
+
+
+# Plain decoding: what every mode is held against
+
+
+@dataclass(frozen=True)
+class Plain:
+    """What the stock model says, one full forward a token, and by how much each token won."""
+
+    token_ids: list[int]
+    margins: list[float]
+
+    def agrees_with(self, token_ids: Sequence[int]) -> bool:
+        """Whether they are equal, at least up to the first tie."""
+        for (want, margin), got in zip(zip(self.token_ids, self.margins, strict=True), token_ids, strict=False):
+            if margin < TIE:
+                return True
+            if want != got:
+                return False
+        return len(self.token_ids) == len(token_ids)
+
+
+class PlainTarget:
+    """The stock model of transformers in fp32, chosen from in float64: no cache, no batch, nothing of `edgecloud.cloud`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def decode(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        sampling: SamplingSettings | None = None,
+        stop_token_ids: Collection[int] = (),
+    ) -> Plain:
+        """Continue `prompt`; the stop token is kept."""
+        settings = sampling or SamplingSettings()
+        tokens, margins = list(prompt), []
+        for _ in range(max_new_tokens):
+            with torch.inference_mode():
+                logits = self._model(torch.tensor([tokens])).logits[0, -1].numpy()
+            z = process(logits, tokens, settings)
+            if not settings.greedy:
+                z = z + gumbel(settings.seed, len(tokens), len(z))
+            tokens.append(int(z.argmax()))
+            margins.append(float(z.max() - np.partition(z, -2)[-2]))
+            if tokens[-1] in stop_token_ids:
+                break
+        return Plain(tokens[len(prompt) :], margins)
+
+
+plain_target = cache(PlainTarget)
+
+
+# Bundles
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A bundle and the Hugging Face folder that its target came from."""
+
+    bundle: Path
+    target: Path
+
+    @property
+    def plain(self) -> PlainTarget:
+        """The target, decoded plainly."""
+        return plain_target(self.target)
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """A tiny random target and itself in int4 as the draft: about a third of the drafts are accepted."""
+    folder = tmp_path_factory.mktemp("pair")
+    target = make_tiny_llama(folder / "target")
+    partition(check_inputs(str(target), folder / "bundle", draft=None, precision="int4", overwrite=False))
+    return Pair(folder / "bundle", target)
+
+
+@pytest.fixture(scope="session")
+def stranger_pair(tiny_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """The same target with a draft of other random weights: hardly a draft is accepted."""
+    folder = tmp_path_factory.mktemp("stranger")
+    draft = make_tiny_llama(folder / "draft", seed=1)
+    export_graph(ModelFolder.open(str(draft)), folder / "export", "int4")
+    bundle = copy_of(tiny_pair.bundle, folder / "bundle")
+    for name in ("model.onnx", "model.onnx.data"):
+        shutil.copyfile(folder / "export" / name, bundle / "edge/draft" / name)
+        edit_manifest(bundle, lambda content, name=name: list_file(content, bundle, f"edge/draft/{name}"))
+    return Pair(bundle, tiny_pair.target)
+
+
+@pytest.fixture(scope="session")
+def smol_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """The real demo pair: taken from EDGECLOUD_TEST_BUNDLE, else fetched and partitioned once into the cache folder."""
+    if given := os.environ.get("EDGECLOUD_TEST_BUNDLE"):
+        return Pair(Path(given), Path(given) / "cloud")
+    home = Path(os.environ.get("EDGECLOUD_HOME") or ROOT / "build" / "home")
+    environment = {**os.environ, "EDGECLOUD_HOME": str(home)}
+    bundle = home / "test-bundle"
+    if not (bundle / MANIFEST).is_file():
+        for command in (["fetch", "smollm2-135m"], ["partition", "smollm2-135m", "-o", str(bundle)]):
+            done = subprocess.run([*EDGECLOUD, *command], env=environment, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+    return Pair(bundle, bundle / "cloud")
+
+
+def copy_of(bundle: Path, to: Path) -> Path:
+    """A bundle that a test may change."""
+    return Path(shutil.copytree(bundle, to))
+
+
+def edit_manifest(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change bundle.json."""
+    content = json.loads((bundle / MANIFEST).read_text())
+    change(content)
+    (bundle / MANIFEST).write_text(json.dumps(content))
+
+
+def list_file(content: dict[str, Any], bundle: Path, name: str) -> None:
+    """Make the manifest say of a file what it is now."""
+    path = bundle / name
+    content["files"][name] = {"sha256": sha256_file(path), "num_bytes": path.stat().st_size}
+
+
+def with_eos(pair: Pair, to: Path, *eos_token_ids: int) -> Pair:
+    """The same pair, ending after other tokens. They travel with each request, so the same server will do."""
+    bundle = copy_of(pair.bundle, to)
+    edit_manifest(bundle, lambda content: content["tokenizer"].update(eos_token_ids=list(eos_token_ids)))
+    return Pair(bundle, pair.target)
+
+
+# Servers
+
+
+class Server:
+    """A real `edgecloud serve` in a process of its own, on this machine."""
+
+    def __init__(self, model: Path, *options: str, port: int = 0) -> None:
+        self._command = [*EDGECLOUD, "serve", str(model), "--threads", "1", "--json", *options]
+        self.process = self._start(port)
+        self.address = self._wait()
+
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        return int(self.address.rpartition(":")[2])
+
+    def kill(self) -> None:
+        """As a crash would."""
+        self.process.kill()
+        self.process.communicate()
+
+    def restart(self) -> None:
+        """Start again on the same port, with nothing remembered."""
+        self.process = self._start(self.port)
+        self._wait()
+
+    def load(self) -> pb.Load:
+        """How busy it says it is."""
+        with grpc.insecure_channel(self.address) as channel:
+            reply: pb.DescribeReply = pb_grpc.VerificationStub(channel).Describe(pb.DescribeRequest(), timeout=PATIENCE_S)
+        return reply.load
+
+    def is_empty(self) -> bool:
+        """Whether it holds no session and every page is free."""
+        load = self.load()
+        return load.num_sessions == 0 and load.num_free_pages == load.num_pages
+
+    def close(self) -> None:
+        """Stop it."""
+        self.process.terminate()
+        self.process.communicate()
+
+    def _start(self, port: int) -> subprocess.Popen[str]:
+        command = [*self._command, "--port", str(port)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+    def _wait(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, f"the server ended with {self.process.wait()}"
+        return str(json.loads(line)["address"])
+
+
+@contextmanager
+def serving(model: Path, *options: str) -> Iterator[Server]:
+    """A server of the test's own."""
+    server = Server(model, *options)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_server(tiny_pair: Pair) -> Iterator[Server]:
+    """One server for all tests that do not harm it."""
+    with serving(tiny_pair.bundle) as server:
+        yield server
+
+
+def free_port() -> int:
+    """A port on which nothing listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """Wait for something that happens on its own; how long it takes is not judged."""
+    end_s = time.monotonic() + PATIENCE_S
+    while not holds():
+        assert time.monotonic() < end_s, "it did not come to hold"
+        time.sleep(0.02)
