@@ -6,6 +6,9 @@ position only. How far the cache counts is the length of the attention mask, so 
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,7 +42,7 @@ class DraftModel:
             self._ids = np.empty((1, PREFILL_CHUNK_TOKENS), np.int64)
             self._mask = np.ones((1, max_context_tokens), np.int64)
             self._caches = {
-                name: np.zeros((1, kv_heads, max_context_tokens, head_dim), np.float32)
+                name: _lazy_zeros((1, kv_heads, max_context_tokens, head_dim))
                 for name, (_, kv_heads, _, head_dim) in caches.items()
             }
             self._binding = self._bind()
@@ -100,3 +103,15 @@ class DraftModel:
             binding.bind_input(name, "cpu", 0, np.float32, cache.shape, cache.ctypes.data)
             binding.bind_output(present, "cpu", 0, np.float32, cache.shape, cache.ctypes.data)
         return binding
+
+
+def _lazy_zeros(shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """Zeros that take memory page by page as they are written.
+
+    np.zeros asks for huge pages, and then the first token of every head would take 2 MB, however short the sequence.
+    """
+    memory = mmap.mmap(-1, 4 * math.prod(shape), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, np.float32).reshape(shape)

@@ -112,15 +112,12 @@ class Bundle:
             raise BundleCorruptError(f"{manifest}: schema_version is {version!r}; make the bundle again")
         if version > SCHEMA_VERSION:
             raise BundleVersionError(
-                f"{manifest} has schema version {version}, this edgecloud reads up to {SCHEMA_VERSION}; "
-                f"upgrade edgecloud"
+                f"{manifest} has schema version {version}, this edgecloud reads up to {SCHEMA_VERSION}; upgrade edgecloud"
             )
         if "path" in content:  # a field of ours that is no part of the manifest
             raise BundleCorruptError(f"{manifest}: unknown field 'path'; upgrade edgecloud")
         if isinstance(files := content.get("files"), dict):
-            content["files"] = {
-                name: _build(FileInfo, entry, f"files.{name}", manifest) for name, entry in files.items()
-            }
+            content["files"] = {name: _build(FileInfo, entry, f"files.{name}", manifest) for name, entry in files.items()}
         for key, part in (("target", TargetInfo), ("draft", DraftInfo), ("tokenizer", TokenizerInfo)):
             content[key] = _build(part, content.get(key), key, manifest)
         bundle = _build(cls, {**content, "path": folder}, "", manifest)
@@ -152,16 +149,12 @@ class Bundle:
                     raise BundleCorruptError(f"{path} is no regular file; {AGAIN}")
                 found_bytes = path.stat().st_size
                 if found_bytes != expected.num_bytes:
-                    raise BundleCorruptError(
-                        f"{path} has {found_bytes} bytes, {MANIFEST} says {expected.num_bytes}; {AGAIN}"
-                    )
+                    raise BundleCorruptError(f"{path} has {found_bytes} bytes, {MANIFEST} says {expected.num_bytes}; {AGAIN}")
                 found = sha256_file(path)
             except OSError as error:
                 raise BundleCorruptError(f"{path} cannot be read: {error.strerror}; {AGAIN}") from error
             if found != expected.sha256:
-                raise BundleCorruptError(
-                    f"{path} has SHA-256 {found[:16]}..., {MANIFEST} says {expected.sha256[:16]}...; {AGAIN}"
-                )
+                raise BundleCorruptError(f"{path} has SHA-256 {found[:16]}..., {MANIFEST} says {expected.sha256[:16]}...; {AGAIN}")
 
     def to_json(self) -> str:
         """The text of bundle.json."""
@@ -184,9 +177,7 @@ class Bundle:
         for names, part in ((read_on_device, "edge"), (folders, "cloud")):
             for name in names:
                 if PurePosixPath(name).parts[0] != part:
-                    raise BundleCorruptError(
-                        f"{manifest} names {name!r}, which must lie below {part}/; make the bundle again"
-                    )
+                    raise BundleCorruptError(f"{manifest} names {name!r}, which must lie below {part}/; make the bundle again")
 
 
 def is_bundle(path: str | Path) -> bool:
@@ -237,9 +228,7 @@ def _build(kind: type[T], entry: Any, name: str, manifest: Path) -> T:
         raise BundleCorruptError(f"{manifest}: unknown field {prefix + unknown[0]!r}; upgrade edgecloud")
     for key, value in entry.items():
         if not _fits(value, known[key]):
-            raise BundleCorruptError(
-                f"{manifest}: {prefix}{key} is {value!r}, expected {known[key]}; make the bundle again"
-            )
+            raise BundleCorruptError(f"{manifest}: {prefix}{key} is {value!r}, expected {known[key]}; make the bundle again")
     try:
         return kind(**entry)
     except TypeError as error:

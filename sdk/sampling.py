@@ -28,9 +28,7 @@ class SamplingSettings:
         """Check every value once, for the user's arguments and for the wire alike."""
         t, k, p, penalty = self.temperature, self.top_k, self.top_p, self.repetition_penalty
         # NaN fails every comparison, infinity one of two.
-        _require(
-            _is_real(t) and (t == 0 or MIN_TEMPERATURE <= t <= 100), "temperature", t, "0 (greedy), or 1e-6 to 100"
-        )
+        _require(_is_real(t) and (t == 0 or MIN_TEMPERATURE <= t <= 100), "temperature", t, "0 (greedy), or 1e-6 to 100")
         _require(_is_int(k) and 0 <= k < 2**31, "top_k", k, "a whole number from 0 (off) to 2**31 - 1")
         _require(_is_real(p) and 0 < p <= 1, "top_p", p, "a number above 0 and at most 1 (off)")
         _require(_is_real(penalty) and 0.01 <= penalty <= 100, "repetition_penalty", penalty, "0.01 to 100, 1 is off")

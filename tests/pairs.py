@@ -1,4 +1,8 @@
-"""What the tests of modes, client and command line share: model pairs as bundles, real servers, and plain decoding."""
+"""What the tests of modes, client and command line share: model pairs as bundles, real servers, and plain decoding.
+
+A pytest plugin: a test module that wants the fixtures names it in `pytest_plugins`. It may be imported before, hence
+PYTEST_DONT_REWRITE.
+"""
 
 from __future__ import annotations
 

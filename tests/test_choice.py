@@ -237,6 +237,16 @@ def test_a_nucleus_of_any_size_is_kept_whole(
     assert choices(logits, tokens, sampling) == {plain_choice(logits.tolist(), tokens, sampling)}
 
 
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.9), (2500, 0.8), (0, 0.9999)])
+def test_a_wide_nucleus_is_not_cut_short(top_k: int, top_p: float) -> None:
+    logits = random_logits(3000) / 10
+    beyond = set(np.argsort(-logits)[1000:])
+    sampling = SamplingSettings(temperature=1.0, top_k=top_k, top_p=top_p)
+    drawn = [choices(logits, [0] * n, sampling) for n in range(40)]
+    assert all(len(agreed) == 1 for agreed in drawn)
+    assert set.union(*drawn) & beyond
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_torch_chooses_the_same_from_any_dtype_that_holds_the_logits(dtype: torch.dtype) -> None:
     logits = torch.from_numpy(random_logits(500)).to(dtype)

@@ -451,13 +451,9 @@ def test_the_pacer_sends_exactly_what_the_rate_allows(
 
 def test_lateness_does_not_add_up() -> None:
     pacer = Pacer(constant_rate(8.0))
-    assert [pacer.send(10_000, time_s) for time_s in (0.0, 0.013, 0.024, 0.037)] == pytest.approx(
-        [0.010, 0.023, 0.034, 0.047]
-    )
+    assert [pacer.send(10_000, time_s) for time_s in (0.0, 0.013, 0.024, 0.037)] == pytest.approx([0.010, 0.023, 0.034, 0.047])
     late = Pacer(constant_rate(8.0))
-    assert [late.send(10_000, time_s) for time_s in (0.0, 0.003, 0.019, 0.021)] == pytest.approx(
-        [0.01, 0.02, 0.03, 0.04]
-    )
+    assert [late.send(10_000, time_s) for time_s in (0.0, 0.003, 0.019, 0.021)] == pytest.approx([0.01, 0.02, 0.03, 0.04])
 
 
 # ---- outages
@@ -739,15 +735,9 @@ def test_addresses(text: str, address: tuple[str, int]) -> None:
 @pytest.mark.parametrize(
     ("parse", "text"),
     [
-        *(
-            (parse_duration_ms, text)
-            for text in ("60parsecs", "-5ms", "", "ms", "1e3ms", "nan", "inf", "5 5ms", "9" * 400)
-        ),
+        *((parse_duration_ms, text) for text in ("60parsecs", "-5ms", "", "ms", "1e3ms", "nan", "inf", "5 5ms", "9" * 400)),
         *((parse_rate_mbps, text) for text in ("5", "-5mbit", "0mbit", "mbit", "", "fast", "5mb", "inf")),
-        *(
-            (parse_outage, text)
-            for text in ("3s", "3s@", "@3s", "3@10", "0s@1s", "-3s@1s", "3s@10s:", "3s@10s:dead", "")
-        ),
+        *((parse_outage, text) for text in ("3s", "3s@", "@3s", "3@10", "0s@1s", "-3s@1s", "3s@10s:", "3s@10s:dead", "")),
         *((parse_address, text) for text in ("host", "host:", ":80", "host:http", "a:b:1", "", "::1:80")),
     ],
 )
@@ -788,9 +778,7 @@ def test_the_command_carries_bytes_until_a_signal(tmp_path: Path, number: signal
     trace = write_trace(tmp_path, "0 50\n")
     with socket.create_server(("127.0.0.1", 0)) as server:
         to = f"127.0.0.1:{server.getsockname()[1]}"
-        options = (
-            f"--listen 0 --to {to} --rtt 30ms --jitter 1ms --up 5mbit --trace {trace} --outage 1s@50s:cut --seed 4"
-        )
+        options = f"--listen 0 --to {to} --rtt 30ms --jitter 1ms --up 5mbit --trace {trace} --outage 1s@50s:cut --seed 4"
         with subprocess.Popen(
             [*EDGECLOUD, "link", *options.split(), "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         ) as process:
@@ -852,9 +840,7 @@ def command(capsys: pytest.CaptureFixture[str], options: str) -> tuple[int, str]
         ("--listen 0", "--to"),
     ],
 )
-def test_bad_usage_exits_2_and_names_the_value(
-    capsys: pytest.CaptureFixture[str], options: str, complaint: str
-) -> None:
+def test_bad_usage_exits_2_and_names_the_value(capsys: pytest.CaptureFixture[str], options: str, complaint: str) -> None:
     code, remarks = command(capsys, options)
     assert code == 2
     assert remarks.startswith("error: ")

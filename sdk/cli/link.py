@@ -32,19 +32,13 @@ def link(
     rtt: Annotated[str, typer.Option(help="Round-trip time; half is added to each direction.", metavar="TIME")] = "0ms",
     jitter: Annotated[
         str,
-        typer.Option(
-            help="Each chunk waits a further random time, uniform from 0 to this; order is kept.", metavar="TIME"
-        ),
+        typer.Option(help="Each chunk waits a further random time, uniform from 0 to this; order is kept.", metavar="TIME"),
     ] = "0ms",
     up: Annotated[str | None, typer.Option(help="Rate from device to service, such as 5mbit.", metavar="RATE")] = None,
-    down: Annotated[
-        str | None, typer.Option(help="Rate from service to device; not with --trace.", metavar="RATE")
-    ] = None,
+    down: Annotated[str | None, typer.Option(help="Rate from service to device; not with --trace.", metavar="RATE")] = None,
     trace: Annotated[
         Path | None,
-        typer.Option(
-            help="Lines of `time_s mbit_per_s`, repeated: the rate down, and up unless --up is given.", metavar="FILE"
-        ),
+        typer.Option(help="Lines of `time_s mbit_per_s`, repeated: the rate down, and up unless --up is given.", metavar="FILE"),
     ] = None,
     outage: Annotated[
         list[str] | None,
@@ -117,9 +111,7 @@ def _address(host: str, port: int) -> str:
 
 def _sentence(content: dict[str, Any]) -> str:
     otherwise = f"as in {content['trace']}" if content["trace"] else "unlimited"
-    rates = [
-        f"{mbps:g} mbit/s" if mbps is not None else otherwise for mbps in (content["up_mbps"], content["down_mbps"])
-    ]
+    rates = [f"{mbps:g} mbit/s" if mbps is not None else otherwise for mbps in (content["up_mbps"], content["down_mbps"])]
     parts = [
         f"rtt {content['rtt_ms']:g} ms",
         f"jitter {content['jitter_ms']:g} ms",

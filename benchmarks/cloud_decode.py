@@ -1,0 +1,134 @@
+"""One stream of the service's `Decode` against `model.generate` of transformers: tokens/s, same dtype, one thread each.
+
+`grpc` is the whole way: service process, loopback, RemoteVerifier. `engine` is the engine alone, in the process of
+`generate`. All run on one core in turns, the client on the other; a time is a whole call, prompt included. Reported: the
+median over repetitions of the ratio of tokens/s.
+    python benchmarks/cloud_decode.py --repetitions 15
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import harness
+
+from edgecloud.bundle import Bundle
+from edgecloud.client import Client
+from edgecloud.edge.remote import Cloud, RemoteVerifier
+from edgecloud.edge.retry import Timeout
+from edgecloud.sampling import SamplingSettings
+
+
+def worker(bundle: str) -> None:
+    """transformers and the engine, on the core of the service."""
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    from edgecloud.cloud.engine import Engine
+    from edgecloud.cloud.model import TargetModel
+    from edgecloud.cloud.runner import EngineThread
+    from edgecloud.cloud.work import Extend, Extended
+
+    torch.set_num_threads(1)
+    folder = Bundle.open(Path(bundle)).target_folder
+    assert folder is not None
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    stock.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)  # no end token: as many as asked for
+    engine = Engine(TargetModel(folder))
+
+    def generate(prompt: list[int], num_tokens: int) -> list[int]:
+        ids = torch.tensor([prompt])
+        with torch.inference_mode():
+            output = stock.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens)
+        tokens: list[int] = output[0, len(prompt) :].tolist()
+        return tokens
+
+    def extend(prompt: list[int], num_tokens: int) -> list[int]:
+        answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        session_id = os.urandom(16)
+        request = Extend(session_id, 0, tuple(prompt), 0, SamplingSettings(), max_new_tokens=num_tokens)
+        engine.submit(request, answers.put, lambda: False)
+        tokens, last = [], False
+        while not last:
+            answer = answers.get()
+            assert isinstance(answer, Extended)
+            tokens.append(answer.next_token_id)
+            last = answer.last
+        engine.release(session_id)
+        return tokens
+
+    def answer(loop: str, prompt: list[int], num_tokens: int) -> dict[str, Any]:
+        start = time.perf_counter()
+        tokens = (generate if loop == "generate" else extend)(prompt, num_tokens)
+        return {"seconds": time.perf_counter() - start, "tokens": tokens, "dtype": str(stock.dtype)}
+
+    with EngineThread(engine):
+        harness.answer_requests(answer)
+
+
+def main() -> None:
+    if "--worker" in sys.argv:
+        return worker(sys.argv[-1])
+    parser = harness.arguments(__doc__, __file__)
+    parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--num-tokens", type=int, default=48)
+    options = parser.parse_args()
+    bundle = harness.find_bundle(options.bundle)
+    with Client(bundle) as client:
+        prompt = client.tokenizer.encode_chat([{"role": "user", "content": harness.PROMPT}])
+    cloud_cpu, device_cpu = harness.cores()
+    with (
+        harness.serving(bundle, cloud_cpu) as address,
+        harness.Worker([str(bundle)], cloud_cpu) as other,
+        harness.pinned(device_cpu),
+    ):
+        cloud = Cloud(address, None, Timeout())
+
+        def run(loop: str) -> dict[str, Any]:
+            if loop != "grpc":
+                return other.ask(loop=loop, prompt=prompt, num_tokens=options.num_tokens)
+            verifier = RemoteVerifier(cloud)
+            start = time.perf_counter()
+            rounds = list(verifier.decode(prompt, options.num_tokens, SamplingSettings(), ()))
+            seconds = time.perf_counter() - start
+            verifier.release()
+            return {"seconds": seconds, "tokens": [token for round_ in rounds for token in round_.token_ids]}
+
+        order = ["grpc", "generate", "engine"]
+        warm = {loop: run(loop) for loop in order}
+        seconds: dict[str, list[float]] = {loop: [] for loop in order}
+        for number in range(options.repetitions):
+            for loop in order[number % 3 :] + order[: number % 3]:
+                seconds[loop].append(run(loop)["seconds"])
+        cloud.close()
+    ratios = {
+        loop: harness.spread([g / s for s, g in zip(seconds[loop], seconds["generate"], strict=True)])
+        for loop in ("grpc", "engine")
+    }
+    harness.report(
+        options.json_out,
+        [
+            ("cloud Decode over gRPC, tokens/s / model.generate", ratios["grpc"]["median"], ">=", 1.0),
+            ("engine alone, tokens/s / model.generate", ratios["engine"]["median"], ">=", 1.0),
+        ],
+        {
+            "pinning": {"cloud_cpu": cloud_cpu, "device_cpu": device_cpu},
+            "dtype": warm["generate"]["dtype"],
+            "num_prompt_tokens": len(prompt),
+            "num_tokens": options.num_tokens,
+            "same_tokens": all(warm[loop]["tokens"] == warm["generate"]["tokens"] for loop in order),
+            "tokens_per_s": {loop: harness.spread([options.num_tokens / s for s in values]) for loop, values in seconds.items()},
+            "ratios": ratios,
+            "raw_s": {loop: [round(s, 4) for s in values] for loop, values in seconds.items()},
+        },
+    )
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""The SDK's own Python a round: mode `speculative` with a model and a network that take no time.
+
+Real: drafter, choice, cache bookkeeping, verifier, messages (built, serialized, parsed), tokens to text, counting. Not
+real: the ONNX run, which does nothing, and the stub, which answers at once with 0 to 4 accepted tokens in turn.
+    python benchmarks/round_overhead.py
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, cast
+
+import harness
+import numpy as np
+
+from edgecloud.client import Client
+from edgecloud.edge.drafter import ModelDrafter
+from edgecloud.edge.model import DraftModel
+from edgecloud.edge.remote import Cloud, RemoteVerifier
+from edgecloud.edge.retry import Timeout
+from edgecloud.edge.speculative import speculate
+from edgecloud.generation import Generation
+from edgecloud.rpc import edgecloud_pb2 as pb
+from edgecloud.sampling import SamplingSettings
+
+NUM_DRAFT_TOKENS = 4
+SETTINGS = {
+    "greedy": SamplingSettings(),
+    "temperature 0.7, top-p 0.9": SamplingSettings(temperature=0.7, top_p=0.9),
+    "temperature 1": SamplingSettings(temperature=1.0),
+}
+
+
+class InstantModel(DraftModel):
+    """A draft model whose graph takes no time: the row of logits is always the same."""
+
+    def __init__(self, vocab_size: int, max_context_tokens: int) -> None:
+        self._logits = np.random.default_rng(0).normal(0, 3, (1, 1, vocab_size)).astype(np.float32)
+        self.max_context_tokens = max_context_tokens
+        self._tokens = []
+
+    def _run(self, chunk: Any, total: int) -> None:
+        """Nothing."""
+
+
+class InstantStub:
+    """A service that answers at once. Its own time is measured, so that it can be taken off."""
+
+    def __init__(self) -> None:
+        self.Verify = self
+        self.num_calls = 0
+
+    def future(self, request: pb.VerifyRequest, timeout: float) -> InstantStub:
+        request.SerializeToString()
+        draft_ids = list(request.draft_ids)
+        num_accepted = min(self.num_calls % (NUM_DRAFT_TOKENS + 1), len(draft_ids))
+        self.num_calls += 1
+        token = 1000 + self.num_calls % 100
+        reply = pb.VerifyReply(num_accepted=num_accepted, next_token_id=token, cached_length=1, compute_ms=1, target_passes=1)
+        self._reply = reply.SerializeToString()
+        return self
+
+    def result(self) -> pb.VerifyReply:
+        return pb.VerifyReply.FromString(self._reply)
+
+
+def measure(client: Client, num_context: int, num_rounds: int, sampling: SamplingSettings) -> list[float]:
+    """Milliseconds of each round, from `num_context` tokens on."""
+    vocab_size = client.bundle.draft.vocab_size
+    model = InstantModel(vocab_size, 1 << 20)
+    cloud = Cloud("127.0.0.1:1", None, Timeout())
+    cloud.stub = cast("Any", InstantStub())
+    tokens = np.random.default_rng(1).integers(100, vocab_size, num_context).tolist()
+    max_new_tokens = num_rounds * (NUM_DRAFT_TOKENS + 1)
+    generation = Generation(len(tokens), client.tokenizer.stream(), max_new_tokens, (0,), ("\x00never",))
+    drafter = ModelDrafter(lambda: model, vocab_size)
+    rounds = speculate(tokens, drafter, RemoteVerifier(cloud), sampling, NUM_DRAFT_TOKENS, max_new_tokens, (0,))
+    times_ms = []
+    for number in range(num_rounds):
+        start = time.perf_counter()
+        generation.add(next(rounds))
+        if number:  # the first is the prefill
+            times_ms.append((time.perf_counter() - start) * 1e3)
+    cloud.close()
+    return times_ms
+
+
+def main() -> None:
+    parser = harness.arguments(__doc__, __file__)
+    parser.add_argument("--rounds", type=int, default=200)
+    options = parser.parse_args()
+    _, cpu = harness.cores()
+    runs = []
+    with harness.pinned(cpu), Client(harness.find_bundle(options.bundle)) as client:
+        for name, sampling in SETTINGS.items():
+            for num_context in (100, 2000, 8000):
+                measure(client, num_context, 20, sampling)
+                spread = harness.spread(measure(client, num_context, options.rounds, sampling))
+                runs.append({"sampling": name, "num_context_tokens": num_context, "ms_per_round": spread})
+    figures = [
+        (f"ms a round, greedy, {run['num_context_tokens']} tokens of context", run["ms_per_round"]["median"], "<=", 1.0)
+        for run in runs
+        if run["sampling"] == "greedy"
+    ]
+    harness.report(options.json_out, figures, {"pinning": {"device_cpu": cpu}, "num_draft_tokens": NUM_DRAFT_TOKENS, "runs": runs})
+
+
+if __name__ == "__main__":
+    main()
