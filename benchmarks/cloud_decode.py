@@ -25,7 +25,7 @@ from edgecloud.sampling import SamplingSettings
 
 
 def worker(bundle: str) -> None:
-    """transformers and the engine, on the core of the service."""
+    """Run transformers and the engine, on the core of the service."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 

@@ -26,6 +26,7 @@ __all__ = [
     "cores",
     "find_bundle",
     "pinned",
+    "progress",
     "report",
     "serving",
     "spread",
@@ -88,7 +89,7 @@ _LOAD_BEFORE = round(os.getloadavg()[0], 2)  # how busy the machine was with oth
 
 
 class Worker:
-    """This script again, as a child on one core (`--worker` and arguments), that answers one JSON line with another."""
+    """The same script as a child on one core (`--worker` and arguments), which answers one JSON line with another."""
 
     def __init__(self, arguments: Sequence[str], cpu: int) -> None:
         command = [sys.executable, sys.argv[0], "--worker", *arguments]

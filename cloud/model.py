@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from edgecloud.cloud.attention import PAGED_ATTENTION, KVPool, PagedBatch, register, tensor_ids
@@ -36,9 +36,12 @@ class TargetModel:
         self.dtype = next(self._model.parameters()).dtype
         config = self._model.config.get_text_config()
         self.vocab_size: int = config.vocab_size
-        self.max_context_tokens: int = getattr(config, "max_position_embeddings", 2**31 - 1)
+        self.max_context_tokens = _window(config)
         self.num_parameters: int = self._model.num_parameters()
-        self.bytes_per_token = self._probe()
+        try:
+            self.bytes_per_token = self._probe()
+        except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:  # it would not even run
+            raise ModelError(f"{folder}: {config.model_type} is not supported as a target: {error}") from error
 
     def forward(self, batch: PagedBatch) -> Tensor:
         """One pass over the weights.  -> [choices, vocab] of the model's dtype"""
@@ -107,6 +110,18 @@ def _dtype(folder: Path, name: str) -> torch.dtype:
     if name not in DTYPES:
         raise ConfigError(f"dtype is {name!r}; it takes auto, {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def _window(config: PretrainedConfig) -> int:
+    """Longest context in which a position's keys and mask do not depend on how the context goes on.
+
+    Past a length that the probe does not reach, LongRoPE takes other frequencies and chunked attention another mask.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    per_layer = [rope, *(parameters for parameters in rope.values() if isinstance(parameters, dict))]
+    limits = [getattr(config, "max_position_embeddings", None), getattr(config, "attention_chunk_size", None)]
+    limits += [r.get("original_max_position_embeddings") for r in per_layer if r.get("rope_type") == "longrope"]
+    return min((limit for limit in limits if limit), default=2**31 - 1)
 
 
 def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

@@ -22,6 +22,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import onnx
 import pytest
 import torch
 from tiny import make_tiny_llama
@@ -30,9 +31,7 @@ from transformers import AutoModelForCausalLM
 from edgecloud.bundle import MANIFEST
 from edgecloud.fingerprint import sha256_file
 from edgecloud.kernels.choice import gumbel, process
-from edgecloud.partitioner.export import export_graph
 from edgecloud.partitioner.inputs import check_inputs
-from edgecloud.partitioner.model_folder import ModelFolder
 from edgecloud.partitioner.partition import partition
 from edgecloud.rpc import edgecloud_pb2 as pb
 from edgecloud.rpc import edgecloud_pb2_grpc as pb_grpc
@@ -123,13 +122,16 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 @pytest.fixture(scope="session")
 def stranger_pair(tiny_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """The same target with a draft of other random weights: hardly a draft is accepted."""
-    folder = tmp_path_factory.mktemp("stranger")
-    draft = make_tiny_llama(folder / "draft", seed=1)
-    export_graph(ModelFolder.open(str(draft)), folder / "export", "int4")
-    bundle = copy_of(tiny_pair.bundle, folder / "bundle")
+    """The same target with a draft of other random weights, the tiny one's shuffled: hardly a draft is accepted."""
+    bundle = copy_of(tiny_pair.bundle, tmp_path_factory.mktemp("stranger") / "bundle")
+    path = bundle / "edge/draft/model.onnx"
+    graph = onnx.load(path)
+    for weight in graph.graph.initializer:
+        if weight.data_type == onnx.TensorProto.UINT8:  # packed int4
+            weight.raw_data = bytes(reversed(weight.raw_data))
+    path.with_name("model.onnx.data").unlink()
+    onnx.save(graph, path, save_as_external_data=True, location="model.onnx.data", size_threshold=0)
     for name in ("model.onnx", "model.onnx.data"):
-        shutil.copyfile(folder / "export" / name, bundle / "edge/draft" / name)
         edit_manifest(bundle, lambda content, name=name: list_file(content, bundle, f"edge/draft/{name}"))
     return Pair(bundle, tiny_pair.target)
 

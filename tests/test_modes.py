@@ -213,7 +213,7 @@ def ids_of(rounds: Iterator[Round]) -> list[int]:
     return [token for round_ in rounds for token in round_.token_ids]
 
 
-@settings(max_examples=120)
+@settings(max_examples=250)
 @given(
     shapes, prompts, samplings, stop_ids, st.integers(1, MAX_NEW_TOKENS), st.integers(1, 8), drafts(), faults, page_sizes, max_rows
 )
@@ -246,7 +246,7 @@ def test_speculation_equals_plain_decoding(
         assert all(round_.num_accepted == round_.num_draft_tokens for round_ in rounds)
 
 
-@settings(max_examples=40)
+@settings(max_examples=80)
 @given(shapes, prompts, samplings, stop_ids, st.integers(1, MAX_NEW_TOKENS), faults, page_sizes, max_rows)
 def test_cloud_decoding_equals_plain_decoding(
     target_of: Callable[[str], Target],
@@ -264,12 +264,12 @@ def test_cloud_decoding_equals_plain_decoding(
     verifier = EngineVerifier(engine_of(target, page_size, rows), broken)
     assert expected.agrees_with(ids_of(verifier.decode(prompt, max_new_tokens, sampling, stop_token_ids)))
     # a second turn on the same session, cropped somewhere and then continued by other tokens
-    turn = [*prompt, *expected.token_ids][: len(prompt) + max_new_tokens // 2] + [7]
+    turn = [*prompt, *expected.token_ids[: max_new_tokens // 2], 7]
     again = target.plain.decode(turn, 5, sampling)
     assert again.agrees_with(ids_of(verifier.decode(turn, 5, sampling, ())))
 
 
-@settings(max_examples=20)
+@settings(max_examples=40)
 @given(shapes, prompts, samplings, st.integers(1, MAX_NEW_TOKENS), st.integers(1, 8), st.integers(0, MAX_NEW_TOKENS), drafts())
 def test_the_mode_may_change_after_any_token(
     target_of: Callable[[str], Target],
@@ -386,7 +386,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"temperature": 0.8, "top_p": 0.95, "top_k": 50, "seed": 123456789012345},
     {"repetition_penalty": 1.3, "temperature": 0.2, "seed": 2**64 - 1},
 ]
-PROMPTS = ["Why is the sky blue?", "naïve 🦊 café " * 12]
+PROMPTS = ["Why is the sky blue?", "naïve 🦊 café " * 8]  # the second takes the device two chunks
 
 
 @pytest.mark.parametrize("pair_name", ["tiny_pair", "stranger_pair"])
@@ -399,8 +399,8 @@ def test_every_mode_gives_the_same_ids_and_text_over_grpc(
         for prompt in PROMPTS:
             tokens = client.tokenizer.encode_chat([{"role": "user", "content": prompt}])
             for sampling in SETTINGS:
-                expected = pair.plain.decode(tokens, 32, SamplingSettings(**sampling), {2})
-                replies = [client.generate(prompt, max_new_tokens=32, **sampling, **mode) for mode in MODES]
+                expected = pair.plain.decode(tokens, 24, SamplingSettings(**sampling), {2})
+                replies = [client.generate(prompt, max_new_tokens=24, **sampling, **mode) for mode in MODES]
                 for mode, reply in zip(MODES, replies, strict=True):
                     assert expected.agrees_with(reply.token_ids), (prompt, sampling, mode)
                     assert (reply.token_ids, reply.text) == (replies[0].token_ids, replies[0].text), (prompt, sampling, mode)

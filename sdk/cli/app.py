@@ -47,11 +47,9 @@ def run(arguments: Sequence[str]) -> int:
 
 def _register() -> None:
     import importlib
-    import importlib.util
 
     for command in ("fetch", "partition", "serve", "generate", "link", "demo"):
-        if importlib.util.find_spec(f"edgecloud.cli.{command}"):  # while the house is being built
-            importlib.import_module(f"edgecloud.cli.{command}")
+        importlib.import_module(f"edgecloud.cli.{command}")
 
 
 _register()

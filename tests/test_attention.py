@@ -1,0 +1,377 @@
+"""Paged attention: torch against the NumPy reference and stock SDPA; the target on the paged path against the stock model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812  # torch's own habit
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import make_tiny_llama
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from edgecloud.cloud.attention import KVPool
+from edgecloud.cloud.batcher import Job, Share, pack
+from edgecloud.cloud.model import TargetModel
+from edgecloud.cloud.pages import PagePool, PageTable
+from edgecloud.cloud.sessions import Session
+from edgecloud.cloud.work import Extend
+from edgecloud.errors import ModelError
+from edgecloud.kernels import attention, attention_torch
+from edgecloud.kernels.attention import Segment
+from edgecloud.sampling import SamplingSettings
+
+Floats32 = npt.NDArray[np.float32]
+TOLERANCE = 2e-5  # of values near 1, in fp32
+
+
+@dataclass(frozen=True)
+class Case:
+    """A packed batch: whose rows, on which slots, with which settings."""
+
+    query: Floats32  # [rows, heads, head_dim]
+    keys: Floats32  # [kv_heads, slots, head_dim]
+    values: Floats32  # [kv_heads, slots, value_dim]
+    segments: list[Segment]
+    scaling: float
+
+    def run(self, **options: Any) -> tuple[npt.NDArray[np.float64], Floats32]:
+        """The reference's answer and torch's."""
+        expected = attention.ragged_paged_attention(self.query, self.keys, self.values, self.segments, self.scaling, **options)
+        tensors = [torch.from_numpy(a) for a in (self.query, self.keys, self.values)]
+        got = attention_torch.ragged_paged_attention(*tensors, self.segments, self.scaling, **options)
+        return expected, got.numpy()
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Several sequences of unlike lengths: decode, verify, whole prompts and later chunks, in one run or in many."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    head_dim, value_dim = draw(st.sampled_from([(4, 4), (8, 8), (8, 5)]))
+    page_size, scattered = draw(st.integers(1, 8)), draw(st.booleans())
+    lengths = draw(st.lists(st.integers(1, 40), min_size=1, max_size=4))
+    num_pages = sum(-(-length // page_size) for length in lengths) + draw(st.integers(0, 3))
+    free = list(rng.permutation(num_pages)) if scattered else list(range(num_pages))
+    segments: list[Segment] = []
+    start = 0
+    for length in lengths:
+        pages = [int(free.pop(0)) for _ in range(-(-length // page_size))]
+        slots = [page * page_size + i for page in pages for i in range(page_size)][:length]
+        num_rows = draw(st.one_of(st.just(1), st.just(length), st.integers(1, length)))
+        segments.append(Segment(start, start + num_rows, length, runs_of(slots)))
+        start += num_rows
+    return Case(
+        query=rng.standard_normal((start, kv_heads * group, head_dim), np.float32),
+        keys=rng.standard_normal((kv_heads, num_pages * page_size, head_dim), np.float32),
+        values=rng.standard_normal((kv_heads, num_pages * page_size, value_dim), np.float32),
+        segments=segments,
+        scaling=draw(st.sampled_from([head_dim**-0.5, 1.0, 0.05])),
+    )
+
+
+def runs_of(slots: list[int]) -> tuple[tuple[int, int], ...]:
+    cuts = [i + 1 for i, (a, b) in enumerate(pairwise(slots)) if b != a + 1]
+    return tuple((slots[a], slots[b - 1] + 1) for a, b in pairwise([0, *cuts, len(slots)]))
+
+
+@given(cases(), st.one_of(st.none(), st.integers(1, 45)), st.one_of(st.none(), st.sampled_from([0.5, 5.0, 50.0])))
+def test_torch_equals_the_reference(case: Case, sliding_window: int | None, softcap: float | None) -> None:
+    expected, got = case.run(sliding_window=sliding_window, softcap=softcap)
+    np.testing.assert_allclose(got, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@given(cases())
+def test_both_equal_stock_sdpa_of_each_sequence_alone(case: Case) -> None:
+    for outputs in case.run():
+        for segment in case.segments:
+            slots = [slot for first, last in segment.runs for slot in range(first, last)]
+            group = case.query.shape[1] // case.keys.shape[0]
+            q = torch.from_numpy(case.query[segment.start : segment.stop]).transpose(0, 1)
+            k, v = (torch.from_numpy(a[:, slots]).repeat_interleave(group, dim=0) for a in (case.keys, case.values))
+            mask = torch.ones(segment.length, segment.length).tril().bool()[-segment.num_rows :]
+            stock = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, scale=case.scaling)[0]
+            got = outputs[segment.start : segment.stop]
+            np.testing.assert_allclose(got, stock.transpose(0, 1).numpy(), rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@given(cases(), st.integers(1, 30), st.booleans())
+def test_a_sequence_gets_the_same_in_company_as_alone(case: Case, sliding_window: int, windowed: bool) -> None:
+    options = {"sliding_window": sliding_window if windowed else None}
+    _, together = case.run(**options)
+    for segment in case.segments:
+        rows = slice(segment.start, segment.stop)
+        own = Segment(0, segment.num_rows, segment.length, segment.runs)
+        _, alone = Case(case.query[rows], case.keys, case.values, [own], case.scaling).run(**options)
+        np.testing.assert_array_equal(together[rows], alone)
+
+
+@given(cases(), st.data())
+def test_slots_of_others_and_of_the_future_do_not_matter(case: Case, data: st.DataObject) -> None:
+    """Whatever lies in slots that a row may not see: another session's tokens, dropped ones, memory never written."""
+    segment = data.draw(st.sampled_from(case.segments))
+    slots = [slot for first, last in segment.runs for slot in range(first, last)]
+    row = data.draw(st.integers(0, segment.num_rows - 1))
+    seen = slots[: segment.length - segment.num_rows + row + 1]
+    unseen = np.setdiff1d(np.arange(case.keys.shape[1]), seen)
+    _, before = case.run()
+    case.keys[:, unseen], case.values[:, unseen] = 1e3, -1e3
+    _, after = case.run()
+    np.testing.assert_allclose(after[segment.start + row], before[segment.start + row], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@given(cases(), st.one_of(st.none(), st.integers(1, 30)))
+def test_the_pool_is_only_read(case: Case, sliding_window: int | None) -> None:
+    before = case.keys.copy(), case.values.copy()
+    case.run(sliding_window=sliding_window)
+    np.testing.assert_array_equal(case.keys, before[0])
+    np.testing.assert_array_equal(case.values, before[1])
+
+
+class Allocations(TorchDispatchMode):
+    """Notes the largest tensor that any operation makes anew: not a view of what it was given."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given_storages = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given_storages:
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("num_rows", [1, 5])
+@pytest.mark.parametrize("page_runs", [((0, 512),), ((512, 768), (0, 256))], ids=["one run", "two runs"])
+def test_no_context_is_copied_to_be_read(num_rows: int, page_runs: tuple[tuple[int, int], ...]) -> None:
+    keys, values = torch.randn(2, 1024, 64), torch.randn(2, 1024, 64)
+    segment = Segment(0, num_rows, 512, page_runs)
+    with Allocations() as allocations:
+        attention_torch.ragged_paged_attention(torch.randn(num_rows, 8, 64), keys, values, [segment], 0.125)
+    one_heads_context = 256 * 64 * 4  # bytes of the shorter run's keys, one head of two
+    assert allocations.largest > 0
+    assert allocations.largest <= 8 * num_rows * 512 * 4  # the scores: rows times context, never context times dimension
+    if num_rows == 1:
+        assert allocations.largest < one_heads_context
+
+
+def test_the_pool_is_allocated_once_and_written_in_place() -> None:
+    pool = KVPool(32)
+    first = pool.write(0, torch.tensor([3, 4]), torch.ones(2, 2, 4), torch.ones(2, 2, 4))
+    pointers = [t.data_ptr() for t in first]
+    second = pool.write(0, torch.tensor([9]), torch.full((2, 1, 4), 7.0), torch.full((2, 1, 4), 8.0))
+    assert [t.data_ptr() for t in second] == pointers
+    assert second[0][:, [3, 4, 9]].tolist() == [[[1.0] * 4] * 2 + [[7.0] * 4]] * 2
+    assert second[1][:, 9].tolist() == [[8.0] * 4] * 2
+    assert pool.bytes_per_slot == 2 * (2 * 4) * 4
+
+
+# The target: a stock model, run on packed tokens
+
+
+class Stock:
+    """The same folder as transformers runs it: no cache, one sequence at a time."""
+
+    def __init__(self, folder: Path, implementation: str) -> None:
+        self._model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=implementation).eval()
+
+    def logits(self, tokens: list[int]) -> torch.Tensor:
+        """After every token.  -> [tokens, vocab]"""
+        with torch.inference_mode():
+            logits: torch.Tensor = self._model(torch.tensor([tokens]), use_cache=False).logits[0]
+        return logits
+
+
+@dataclass
+class Sequences:
+    """Sessions on one pool, without an engine: tests decide what is extended, cropped and evicted when."""
+
+    target: TargetModel
+    num_pages: int
+    page_size: int
+    sessions: list[Session] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.pool = PagePool(self.num_pages, self.page_size)
+        self.kv = KVPool(self.num_pages * self.page_size)
+
+    def open(self) -> Session:
+        self.sessions.append(Session(bytes([len(self.sessions)]) * 16, PageTable(self.pool)))
+        return self.sessions[-1]
+
+    def run(self, sessions: list[Session]) -> list[torch.Tensor]:
+        """One pass over all tokens that are not cached.  -> logits of each session's new rows"""
+        shares = []
+        for session in sessions:
+            start, stop = session.table.length, len(session.tokens)
+            session.table.reserve(stop)
+            request = Extend(session.session_id, 0, tuple(session.tokens), 0, SamplingSettings())
+            shares.append(Share(Job(request, lambda _: None, lambda: False, 0.0, session), start, stop, start))
+        logits = self.target.forward(pack(shares, self.kv, self.target.device))
+        for share in shares:
+            share.job.open_session.table.length = share.stop
+        return list(logits.split([share.stop - share.start for share in shares]))
+
+
+def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
+    assert (got - expected).abs().max().item() < 1e-4 * max(1.0, expected.abs().max().item())
+
+
+@dataclass(frozen=True)
+class Target:
+    paged: TargetModel
+    stock: Stock
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Target:
+    folder = make_tiny_llama(tmp_path_factory.mktemp("llama") / "m", num_heads=4, num_kv_heads=2, hidden_size=32, vocab_size=64)
+    return Target(TargetModel(folder), Stock(folder, "sdpa"))
+
+
+tokens_of = st.lists(st.integers(0, 63), min_size=1, max_size=20)
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 16), st.data())
+def test_the_paged_path_equals_the_stock_model_whatever_happened_before(llama: Target, page_size: int, data: st.DataObject) -> None:
+    """Packed requests of unlike lengths, extended, cropped, evicted and rebuilt in any order."""
+    sequences = Sequences(llama.paged, -(-260 // page_size), page_size)
+    for _ in range(data.draw(st.integers(1, 3))):
+        sequences.open()
+    for _ in range(data.draw(st.integers(1, 4))):
+        batch = []
+        for session in sequences.sessions:
+            action = data.draw(st.sampled_from(["extend", "crop", "evict", "rest"]))
+            if action == "crop":
+                length = data.draw(st.integers(0, len(session.tokens)))
+                session.table.crop_to(length)
+                del session.tokens[length:]
+            elif action == "evict":
+                session.table.release()
+            if action != "rest":
+                session.tokens += data.draw(tokens_of)
+                batch.append(session)
+        starts = [session.table.length for session in batch]
+        if not batch:
+            continue
+        for session, start, logits in zip(batch, starts, sequences.run(batch), strict=True):
+            assert_close(logits, llama.stock.logits(session.tokens)[start:])
+
+
+@settings(max_examples=20)
+@given(st.integers(1, 16), tokens_of, tokens_of, st.lists(st.integers(1, 8), max_size=6))
+def test_a_prompt_in_chunks_equals_the_prompt_at_once(
+    llama: Target, page_size: int, prompt: list[int], rest: list[int], chunks: list[int]
+) -> None:
+    tokens = prompt + rest
+    sequences = Sequences(llama.paged, -(-120 // page_size), page_size)
+    session, other = sequences.open(), sequences.open()
+    got = []
+    for chunk in [*chunks, len(tokens)]:
+        part = tokens[len(session.tokens) :][:chunk]
+        if part:
+            session.tokens += part
+            other.tokens.append(part[0])  # takes pages in between, so that the context falls into several runs
+            got.append(sequences.run([session, other])[0])
+    assert_close(torch.cat(got), llama.stock.logits(tokens))
+
+
+def test_logits_of_one_sequence_equal_the_stock_ones_bit_for_bit(llama: Target) -> None:
+    session = (sequences := Sequences(llama.paged, 8, 8)).open()
+    session.tokens = [(5 * i + 1) % 64 for i in range(40)]
+    assert torch.equal(sequences.run([session])[0], llama.stock.logits(session.tokens))
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[PretrainedConfig], Path]:
+    def make(config: PretrainedConfig) -> Path:
+        folder = tmp_path_factory.mktemp(config.model_type) / "model"
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("config_class", "changes"),
+    [
+        ("MistralConfig", {"sliding_window": 10}),  # a window in every layer
+        ("Gemma2Config", {"sliding_window": 10, "head_dim": 8, "attn_logit_softcapping": 2.0}),  # in every other, and a soft cap
+        ("Qwen3Config", {"head_dim": 16}),  # normed heads, wider than hidden_size says
+    ],
+)
+def test_other_architectures_equal_their_stock_model(
+    folder_of: Callable[[PretrainedConfig], Path], config_class: str, changes: dict[str, Any]
+) -> None:
+    folder = folder_of(getattr(transformers, config_class)(**SIZES, **changes))
+    stock = Stock(folder, "eager")
+    sequences = Sequences(TargetModel(folder), 29, 3)  # so tight that they split each other
+    a, b = sequences.open(), sequences.open()
+    for length in (7, 8, 30, 50):
+        a.tokens = [(7 * i + 3) % 64 for i in range(length)]
+        b.tokens = [(11 * i + 5) % 64 for i in range(2 * length // 3)]
+        starts = a.table.length, b.table.length
+        for session, start, logits in zip((a, b), starts, sequences.run([a, b]), strict=True):
+            assert_close(logits, stock.logits(session.tokens)[start:])
+    assert len(a.table.runs(50)) > 1
+
+
+@pytest.mark.parametrize(
+    ("config_class", "changes"),
+    [
+        ("MambaConfig", {"intermediate_size": 64}),  # state is not keys and values
+        ("GptOssConfig", {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}),  # attention sinks
+        ("MptConfig", {"d_model": 32, "n_layers": 2, "n_heads": 4}),  # does not call the registered attention, and breaks
+    ],
+)
+def test_an_architecture_that_the_paged_path_cannot_run_exactly_is_refused(
+    folder_of: Callable[[PretrainedConfig], Path], config_class: str, changes: dict[str, Any]
+) -> None:
+    folder = folder_of(getattr(transformers, config_class)(**{**SIZES, **changes}))
+    with pytest.raises(ModelError, match=r"not supported as a target") as caught:
+        TargetModel(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_the_window_ends_where_rope_would_change_for_tokens_that_are_cached(
+    folder_of: Callable[[PretrainedConfig], Path],
+) -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": 40,
+        "factor": 3.2,
+    }
+    target = TargetModel(folder_of(transformers.LlamaConfig(**SIZES, rope_parameters=rope)))
+    assert target.max_context_tokens == 40

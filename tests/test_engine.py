@@ -1,0 +1,789 @@
+"""The engine: every answer equals plain decoding, whoever else is served, evicted, cancelled or broken at the same time."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from pairs import TIE, Plain, PlainTarget, plain_target
+from tiny import make_tiny_llama
+
+from edgecloud.cloud import engine as engine_module
+from edgecloud.cloud.attention import PagedBatch
+from edgecloud.cloud.engine import CANCELLED_GRACE_S, Engine
+from edgecloud.cloud.model import TargetModel
+from edgecloud.cloud.runner import EngineThread
+from edgecloud.cloud.work import Answer, Extend, Extended, Failed, Overloaded, Refused
+from edgecloud.errors import ConfigError
+from edgecloud.rpc.codec import context_hash
+from edgecloud.sampling import SamplingSettings
+
+VOCAB_SIZE = 40
+GREEDY = SamplingSettings()
+SAMPLED = SamplingSettings(temperature=1.0, seed=11)
+
+
+@dataclass
+class Target:
+    """A random model twice: as the engine runs it and as it is. Tests may put something before a forward."""
+
+    served: TargetModel
+    plain: PlainTarget
+    before_forward: Callable[[], None] = lambda: None
+    after_forward: Callable[[], None] = lambda: None
+    num_passes: int = 0
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Target:
+    folder = make_tiny_llama(tmp_path_factory.mktemp("target") / "m", vocab_size=VOCAB_SIZE, hidden_size=32)
+    target = Target(TargetModel(folder), plain_target(folder))
+    forward = target.served.forward
+
+    def watched(batch: PagedBatch) -> torch.Tensor:
+        target.num_passes += 1
+        target.before_forward()
+        logits = forward(batch)
+        target.after_forward()
+        return logits
+
+    target.served.forward = watched  # type: ignore[method-assign]
+    return target
+
+
+@pytest.fixture
+def target(loaded: Target) -> Target:
+    loaded.before_forward = loaded.after_forward = lambda: None
+    return loaded
+
+
+@dataclass
+class Asked:
+    """A request, what came back, and whether the one who asked is still there."""
+
+    request: Extend
+    answers: list[Answer] = field(default_factory=list)
+    cancelled: bool = False
+    on_answer: Callable[[Answer], None] = lambda _: None
+
+    def take(self, answer: Answer) -> None:
+        assert not self.done, f"{answer} came after the last answer"
+        self.answers.append(answer)
+        self.on_answer(answer)
+
+    @property
+    def done(self) -> bool:
+        return bool(self.answers) and (not isinstance(self.answers[-1], Extended) or self.answers[-1].last)
+
+    @property
+    def extended(self) -> list[Extended]:
+        assert all(isinstance(answer, Extended) for answer in self.answers), self.answers
+        return [answer for answer in self.answers if isinstance(answer, Extended)]
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [answer.next_token_id for answer in self.extended]
+
+    @property
+    def verdict(self) -> tuple[int, int, int]:
+        """What must not depend on anything but the request."""
+        (answer,) = self.extended
+        assert answer.last
+        return answer.num_accepted, answer.next_token_id, answer.cached_length
+
+
+class Driver:
+    """An engine that the test's own thread steps, so that it is known what happens in which pass."""
+
+    def __init__(self, target: Target, *, room_tokens: int = 128, page_size: int = 4, **options: Any) -> None:
+        num_pages = -(-room_tokens // page_size)
+        cache_bytes = num_pages * page_size * target.served.bytes_per_token
+        self.engine = Engine(target.served, cache_bytes=cache_bytes, page_size=page_size, **options)
+        self.open: list[Asked] = []
+
+    def ask(self, request: Extend, **options: Any) -> Asked:
+        asked = Asked(request, **options)
+        self.engine.submit(request, asked.take, lambda: asked.cancelled)
+        self.open.append(asked)
+        return asked
+
+    def step(self, times: int = 1) -> None:
+        """Take in what has come and make a pass. Does not wait: fails when there is nothing to do but something is open."""
+        for _ in range(times):
+            idle = self.engine._inbox.empty() and not self.engine._jobs
+            assert not idle, "a request was lost"
+            assert self.engine._receive()
+            self.engine.step()
+
+    def drive(self, *wanted: Asked) -> None:
+        """Until all, or those wanted, are answered."""
+        for _ in range(2000):
+            if all(asked.done or asked.cancelled for asked in wanted or self.open):
+                return
+            self.step()
+        raise AssertionError(f"no end in sight: {[asked.answers[-1:] for asked in self.open]}")
+
+    def answer(self, request: Extend) -> Asked:
+        asked = self.ask(request)
+        self.drive(asked)
+        return asked
+
+    def release(self, session_id: bytes) -> None:
+        self.engine.release(session_id)
+        assert self.engine._receive()
+
+    @property
+    def num_used_pages(self) -> int:
+        return self.engine._pool.num_pages - self.engine._pool.num_free
+
+
+def new_id() -> bytes:
+    return os.urandom(16)
+
+
+def whole(tokens: Sequence[int], session_id: bytes | None = None, sampling: SamplingSettings = GREEDY, **options: Any) -> Extend:
+    """A request that sends all its context."""
+    return Extend(session_id or new_id(), 0, tuple(tokens), 0, sampling, **options)
+
+
+def rest(session_id: bytes, tokens: Sequence[int], start: int, sampling: SamplingSettings = GREEDY, **options: Any) -> Extend:
+    """A request that sends the context from `start` on."""
+    return Extend(session_id, start, tuple(tokens[start:]), context_hash(tokens[:start]), sampling, **options)
+
+
+def prompt_of(length: int, salt: int = 0) -> list[int]:
+    return [(7 * i + 13 * salt + 3) % VOCAB_SIZE for i in range(length)]
+
+
+def verdict_of(plain: Plain, draft: Sequence[int]) -> tuple[int, int]:
+    """Number accepted and next token, by plain decoding."""
+    accepted = 0
+    while accepted < len(draft) and draft[accepted] == plain.token_ids[accepted]:
+        accepted += 1
+    assert min(plain.margins[: accepted + 1]) > TIE, "no example: the target's own choice hangs by a hair"
+    return accepted, plain.token_ids[accepted]
+
+
+def assert_plain(target: Target, asked: Asked) -> None:
+    """A verify or a decode of a whole context says what plain decoding says."""
+    request = asked.request
+    assert request.context_start == 0
+    context, sampling = list(request.context_ids), request.sampling
+    if request.max_new_tokens > 1:
+        assert target.plain.decode(context, request.max_new_tokens, sampling, request.stop_token_ids).agrees_with(asked.token_ids)
+        return
+    accepted, token = verdict_of(target.plain.decode(context, len(request.draft_ids) + 1, sampling), request.draft_ids)
+    assert asked.verdict == (accepted, token, len(context) + accepted + 1)
+
+
+# Any number of sessions, in any order
+
+
+@dataclass
+class Peer:
+    """A client: its tokens, and how many of them it believes the engine has."""
+
+    tokens: list[int]
+    sampling: SamplingSettings
+    session_id: bytes = field(default_factory=new_id)
+    num_known: int = 0
+
+    def request(self, **options: Any) -> Extend:
+        return rest(self.session_id, self.tokens, min(self.num_known, len(self.tokens)), self.sampling, **options)
+
+
+samplings = st.builds(
+    SamplingSettings,
+    temperature=st.sampled_from([0.0, 0.0, 0.4, 1.0, 2.0]),
+    top_k=st.sampled_from([0, 3]),
+    top_p=st.sampled_from([1.0, 0.9]),
+    repetition_penalty=st.sampled_from([1.0, 1.3]),
+    seed=st.integers(0, 2**64 - 1),
+)
+peers = st.builds(Peer, st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=20), samplings)
+
+
+def draft_for(data: st.DataObject, plain: Plain, num_draft_tokens: int) -> tuple[int, ...]:
+    """All right, all wrong, or wrong here and there."""
+    wrong = data.draw(
+        st.sampled_from([(False,) * num_draft_tokens, (True,) * num_draft_tokens]) | st.tuples(*[st.booleans()] * num_draft_tokens),
+        label="wrong",
+    )
+    right = plain.token_ids[:num_draft_tokens]
+    return tuple((token + 1) % VOCAB_SIZE if bad else token for token, bad in zip(right, wrong, strict=True))
+
+
+@dataclass
+class Turn:
+    """What a peer asked, and what plain decoding says."""
+
+    peer: Peer
+    asked: Asked
+    plain: Plain
+
+
+@dataclass
+class Crowd:
+    """Peers on one engine, none of which knows of the others."""
+
+    target: Target
+    driver: Driver
+    data: st.DataObject
+    turns: list[Turn] = field(default_factory=list)
+    history: list[Asked] = field(default_factory=list)
+    replays: list[tuple[Asked, Asked]] = field(default_factory=list)
+
+    def begin(self, peer: Peer) -> None:
+        """One peer does something, perhaps after its session was forgotten or its text was changed."""
+        action = self.data.draw(st.sampled_from(["verify", "verify", "decode", "rewrite", "forget", "rest"]), label="action")
+        if action == "rest":
+            return
+        if action == "forget":
+            self.driver.release(peer.session_id)
+        if action == "rewrite":
+            peer.num_known = min(peer.num_known, self.data.draw(st.integers(0, len(peer.tokens) - 1)))
+            peer.tokens[peer.num_known :] = [self.data.draw(st.integers(0, VOCAB_SIZE - 1))]
+        length = self.data.draw(st.integers(0, 8), label="length")
+        plain = self.target.plain.decode(peer.tokens, length + 1, peer.sampling)
+        assume(min(plain.margins) > TIE)
+        if action == "decode":
+            asked = self.driver.ask(peer.request(max_new_tokens=length + 1))
+        else:
+            asked = self.driver.ask(peer.request(draft_ids=draft_for(self.data, plain, length)))
+        self.turns.append(Turn(peer, asked, plain))
+
+    def replay(self) -> None:
+        """Somebody's old request comes once more."""
+        if self.history and self.data.draw(st.booleans(), label="replay"):
+            old = self.data.draw(st.sampled_from(self.history))
+            self.replays.append((old, self.driver.ask(old.request)))
+
+    def check_replays(self) -> None:
+        """Sent at the wrong time: refused, or answered as before."""
+        for old, again in self.replays:
+            if isinstance(again.answers[-1], Extended):
+                assert again.token_ids == old.token_ids
+                assert again.extended[-1].cached_length == old.extended[-1].cached_length
+        self.replays = []
+
+    def settle(self, turn: Turn) -> None:
+        """See a request through: when the session was forgotten or crowded out, send what is missing, alone."""
+        peer, asked = turn.peer, turn.asked
+        draft, max_new_tokens = asked.request.draft_ids, asked.request.max_new_tokens
+        while not isinstance(asked.answers[-1], Extended):
+            assert isinstance(asked.answers[-1], Refused | Overloaded), asked.answers
+            if isinstance(asked.answers[-1], Refused):
+                assert asked.answers[-1].cached_length < asked.request.context_start
+                peer.num_known = asked.answers[-1].cached_length
+            asked = self.driver.answer(peer.request(draft_ids=draft, max_new_tokens=max_new_tokens))
+        if max_new_tokens > 1:
+            assert turn.plain.agrees_with(asked.token_ids)
+            peer.tokens += asked.token_ids
+        else:
+            accepted, token, cached_length = asked.verdict
+            assert (accepted, token) == verdict_of(turn.plain, draft)
+            peer.tokens += [*draft[:accepted], token]
+            assert cached_length == len(peer.tokens)
+        peer.num_known = len(peer.tokens)
+        self.history.append(asked)
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(peers, min_size=1, max_size=4),
+    st.integers(1, 16),
+    st.sampled_from([1, 3, 8, 512]),
+    st.sampled_from([64, 100, 400]),
+    st.data(),
+)
+def test_every_answer_equals_plain_decoding(
+    loaded: Target, clients: list[Peer], page_size: int, max_rows: int, room_tokens: int, data: st.DataObject
+) -> None:
+    """Sessions share passes, push each other out of the cache, are forgotten, rewritten and asked again."""
+    driver = Driver(loaded, room_tokens=room_tokens, page_size=page_size, max_rows=max_rows)
+    crowd = Crowd(loaded, driver, data)
+    passes_before = loaded.num_passes
+    for _ in range(data.draw(st.integers(1, 3), label="rounds")):
+        crowd.turns = []
+        for peer in clients:
+            crowd.begin(peer)
+            crowd.replay()
+        driver.drive()
+        crowd.check_replays()
+        for turn in crowd.turns:
+            crowd.settle(turn)
+    answers = [answer for asked in driver.open for answer in asked.answers]
+    if not any(isinstance(answer, Overloaded) for answer in answers):  # else a pass was spent on who made room
+        shares = sum(answer.target_passes for answer in answers if isinstance(answer, Extended))
+        assert shares == pytest.approx(loaded.num_passes - passes_before)
+    for peer in clients:
+        driver.release(peer.session_id)
+    assert driver.num_used_pages == 0
+
+
+def test_sessions_in_one_pass_are_answered_as_alone(target: Target) -> None:
+    requests = [
+        whole(prompt_of(5), draft_ids=(1, 2, 3)),
+        whole(prompt_of(31, 1), sampling=SAMPLED),
+        whole(prompt_of(12, 2), sampling=SAMPLED, max_new_tokens=6),
+        whole(prompt_of(1, 3), draft_ids=(9,)),
+    ]
+    alone = [Driver(target).answer(request) for request in requests]
+    driver = Driver(target)
+    before = target.num_passes
+    together = [driver.ask(request) for request in requests]
+    driver.drive()
+    assert target.num_passes - before == 6  # one for all, then the decode alone
+    for a, b in zip(alone, together, strict=True):
+        assert [(x.num_accepted, x.next_token_id, x.cached_length) for x in a.extended] == [
+            (x.num_accepted, x.next_token_id, x.cached_length) for x in b.extended
+        ]
+        assert_plain(target, b)
+    assert [asked.extended[0].target_passes for asked in together] == [pytest.approx(0.25)] * 4
+
+
+def test_a_short_request_does_not_wait_for_a_long_prompt(target: Target) -> None:
+    driver = Driver(target, room_tokens=256, max_rows=8)
+    long = driver.ask(whole(prompt_of(100)))
+    driver.step()
+    short = driver.ask(whole(prompt_of(4, 1)))
+    driver.step()
+    assert short.done
+    assert not long.done
+    driver.drive()
+    assert_plain(target, short)
+    assert_plain(target, long)
+
+
+# Idempotence
+
+
+def test_a_replayed_duplicated_or_reordered_verify_changes_nothing(target: Target) -> None:
+    driver = Driver(target)
+    session, prompt = new_id(), prompt_of(9)
+    expected = target.plain.decode(prompt, 20, SAMPLED).token_ids
+    first_draft, second_draft = (*expected[:2], VOCAB_SIZE - 1), tuple(expected[3:6])
+    first = whole(prompt, session, SAMPLED, draft_ids=first_draft)
+    twice = [driver.ask(first), driver.ask(first)]  # a hedge
+    driver.drive()
+    accepted, token, cached_length = twice[0].verdict
+    log = [*prompt, *first_draft[:accepted], token]
+    second = rest(session, log, cached_length, SAMPLED, draft_ids=second_draft)
+    answers = [driver.answer(request).verdict for request in (second, first, second, second, first, first)]
+    assert {twice[1].verdict, answers[1], answers[4], answers[5]} == {twice[0].verdict}
+    assert answers[0] == answers[2] == answers[3]
+    accepted, token, _ = answers[0]
+    log += [*second_draft[:accepted], token]
+    final = driver.answer(rest(session, log, len(log), SAMPLED, max_new_tokens=4))
+    assert final.answers == [Refused(cached_length)], "all that a late one costs: what it did not mention is sent again"
+    final = driver.answer(rest(session, log, cached_length, SAMPLED, max_new_tokens=4))
+    assert [*log[len(prompt) :], *final.token_ids] == expected[: len(log) - len(prompt) + 4]
+
+
+def test_requests_for_one_session_are_served_in_the_order_they_came(target: Target) -> None:
+    driver = Driver(target)
+    session, prompt, order = new_id(), prompt_of(6), list[int]()
+    expected = target.plain.decode(prompt, 9, GREEDY).token_ids
+    log = prompt + expected
+    requests = [
+        whole(prompt, session, max_new_tokens=3),
+        rest(session, log[:9], 9, draft_ids=tuple(expected[3:5])),
+        rest(session, log[:12], 12, max_new_tokens=2),
+        whole(prompt, session),
+    ]
+    asked = []
+    for i, request in enumerate(requests):
+
+        def note(answer: Answer, i: int = i) -> None:
+            if isinstance(answer, Extended) and answer.last:
+                order.append(i)
+
+        asked.append(driver.ask(request, on_answer=note))
+    driver.drive()
+    assert order == [0, 1, 2, 3]
+    assert [a.token_ids for a in asked] == [expected[:3], expected[5:6], expected[6:8], expected[:1]]
+
+
+@pytest.mark.parametrize(
+    ("start", "known_tokens", "cached_length"),
+    [
+        (5, [1, 2, 3, 4, 6], 0),  # the session holds other tokens there
+        (4, [9, 2, 3, 4], 0),
+        (8, [1, 2, 3, 4, 5, 6, 7, 8], 7),  # beyond what it has
+    ],
+)
+def test_a_session_taken_over_with_other_tokens_is_refused(
+    target: Target, start: int, known_tokens: list[int], cached_length: int
+) -> None:
+    driver = Driver(target)
+    session = new_id()
+    before = driver.answer(whole([1, 2, 3, 4, 5, 6], session))
+    assert before.extended[0].cached_length == 7
+    passes = target.num_passes
+    asked = driver.answer(Extend(session, start, (7,), context_hash(known_tokens[:start]), GREEDY))
+    assert asked.answers == [Refused(cached_length)]
+    assert target.num_passes == passes
+    tokens = [1, 2, 3, 4, 5, 6, *before.token_ids, 8]
+    asked = driver.answer(rest(session, tokens, 7))  # whoever knows the tokens goes on as if nothing had been
+    assert asked.token_ids == target.plain.decode(tokens, 1).token_ids
+
+
+def test_an_unknown_session_is_refused_when_it_relies_on_the_past(target: Target) -> None:
+    driver = Driver(target)
+    asked = driver.answer(rest(new_id(), [1, 2, 3], 2))
+    assert asked.answers == [Refused(0)]
+    assert driver.engine.load.num_sessions == 0
+
+
+# Where a decode ends
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 9])
+def test_a_decode_ends_at_its_limit_and_says_so_once(target: Target, max_new_tokens: int) -> None:
+    asked = Driver(target).answer(whole(prompt_of(6), sampling=SAMPLED, max_new_tokens=max_new_tokens))
+    assert len(asked.answers) == max_new_tokens
+    assert [answer.last for answer in asked.extended] == [False] * (max_new_tokens - 1) + [True]
+    assert [answer.cached_length for answer in asked.extended] == [7 + i for i in range(max_new_tokens)]
+    assert_plain(target, asked)
+
+
+def test_a_decode_ends_after_a_stop_token(target: Target) -> None:
+    expected = target.plain.decode(prompt_of(6), 12, SAMPLED).token_ids
+    stop = expected[7]
+    asked = Driver(target).answer(
+        whole(prompt_of(6), sampling=SAMPLED, max_new_tokens=12, stop_token_ids=frozenset({stop, VOCAB_SIZE + 5}))
+    )
+    assert asked.token_ids == expected[: expected.index(stop) + 1]
+
+
+def test_a_decode_ends_when_the_window_is_full(target: Target) -> None:
+    driver = Driver(target, room_tokens=20, page_size=4)
+    assert driver.engine.max_context_tokens == 20
+    asked = driver.answer(whole(prompt_of(6), sampling=SAMPLED, max_new_tokens=100))
+    assert len(asked.token_ids) == 15  # the last one follows the twentieth token
+    assert asked.token_ids == target.plain.decode(prompt_of(6), 15, SAMPLED).token_ids
+    full = driver.answer(whole(prompt_of(20), max_new_tokens=5))
+    assert full.token_ids == target.plain.decode(prompt_of(20), 1).token_ids
+
+
+# Those who go away
+
+
+def test_a_cancelled_decode_stops_and_its_session_can_be_used_again(target: Target) -> None:
+    driver = Driver(target)
+    session, prompt = new_id(), prompt_of(6)
+    asked = driver.ask(whole(prompt, session, SAMPLED, max_new_tokens=50))
+    asked.on_answer = lambda _: setattr(asked, "cancelled", len(asked.answers) == 3)
+    driver.drive(asked)
+    passes = target.num_passes
+    tokens = prompt + asked.token_ids
+    after = driver.answer(rest(session, tokens, len(tokens), SAMPLED))
+    assert target.num_passes == passes + 1
+    assert len(asked.answers) == 3
+    assert [*asked.token_ids, *after.token_ids] == target.plain.decode(prompt, 4, SAMPLED).token_ids
+
+
+def test_a_request_cancelled_before_its_turn_costs_no_pass(target: Target) -> None:
+    driver = Driver(target)
+    session = new_id()
+    first = driver.ask(whole(prompt_of(4), session, max_new_tokens=4))
+    waiting, early = driver.ask(whole(prompt_of(9), session)), driver.ask(whole(prompt_of(9)))
+    early.cancelled = True
+    driver.step()
+    waiting.cancelled = True
+    passes = target.num_passes
+    driver.drive(first)
+    assert target.num_passes == passes + 3
+    assert (waiting.answers, early.answers) == ([], [])
+    driver.release(session)
+    assert driver.num_used_pages == 0
+
+
+@pytest.mark.parametrize("max_rows", [4, 512])
+def test_a_prompt_cancelled_half_way_leaves_a_usable_cache(target: Target, max_rows: int) -> None:
+    driver = Driver(target, max_rows=max_rows)
+    session, prompt = new_id(), prompt_of(30)
+    asked = driver.ask(whole(prompt, session))
+    if max_rows < 30:
+        driver.step(3)
+    asked.cancelled = True
+    other = driver.answer(whole(prompt_of(3, 1)))
+    again = driver.answer(whole(prompt, session))
+    assert asked.answers == []
+    assert_plain(target, other)
+    assert_plain(target, again)
+
+
+def test_a_session_released_while_busy_finishes_and_is_forgotten(target: Target) -> None:
+    driver = Driver(target)
+    session = new_id()
+    first = driver.ask(whole(prompt_of(5), session, max_new_tokens=6))
+    driver.step(2)
+    waiting = driver.ask(whole(prompt_of(7), session))
+    driver.release(session)
+    driver.drive()
+    assert_plain(target, first)
+    assert_plain(target, waiting)
+    assert driver.num_used_pages == 0
+    assert driver.answer(rest(session, prompt_of(8), 7)).answers == [Refused(0)]
+
+
+def test_releasing_an_unknown_session_is_fine(target: Target) -> None:
+    driver = Driver(target)
+    driver.release(new_id())
+    assert_plain(target, driver.answer(whole(prompt_of(4))))
+
+
+class Clock:
+    """Time that passes when the test says so."""
+
+    now_s = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(engine_module, "time", SimpleNamespace(monotonic=clock.monotonic, perf_counter=time.perf_counter))
+    return clock
+
+
+def test_an_idle_session_expires_and_a_busy_one_does_not(target: Target, clock: Clock) -> None:
+    driver = Driver(target, room_tokens=256, idle_s=60.0)
+    idle, busy = new_id(), new_id()
+    driver.answer(whole(prompt_of(5), idle))
+    decode = driver.ask(whole(prompt_of(5, 1), busy, max_new_tokens=6))
+    driver.step()
+    clock.now_s += 59.0
+    driver.step()
+    assert driver.engine._sessions.get(idle) is not None
+    clock.now_s += 2.0
+    driver.step()
+    assert driver.engine._sessions.get(idle) is None
+    clock.now_s += 100.0
+    driver.drive()
+    assert_plain(target, decode)
+    clock.now_s += 61.0
+    driver.engine.step()
+    assert driver.num_used_pages == 0
+
+
+def test_the_session_of_a_client_that_went_away_expires_soon(target: Target, clock: Clock) -> None:
+    driver = Driver(target, room_tokens=256, idle_s=300.0)
+    gone, kept = new_id(), new_id()
+    driver.answer(whole(prompt_of(5), kept))
+    asked = driver.ask(whole(prompt_of(5, 1), gone, max_new_tokens=9))
+    driver.step()
+    asked.cancelled = True
+    driver.step()
+    clock.now_s += CANCELLED_GRACE_S - 1.5
+    driver.engine.step()
+    assert driver.engine._sessions.get(gone) is not None
+    clock.now_s += 3.0
+    driver.engine.step()
+    assert driver.engine._sessions.get(gone) is None
+    assert driver.engine._sessions.get(kept) is not None
+
+
+# No room
+
+
+@pytest.mark.parametrize("max_rows", [5, 512])
+def test_two_prompts_that_do_not_fit_together_do_not_block_each_other(target: Target, max_rows: int) -> None:
+    driver = Driver(target, room_tokens=40, max_rows=max_rows)
+    first, second = driver.ask(whole(prompt_of(30))), driver.ask(whole(prompt_of(30, 1)))
+    driver.drive()
+    assert_plain(target, first)
+    assert_plain(target, second)
+
+
+def test_a_request_waits_while_those_that_hold_the_pages_go_on(target: Target) -> None:
+    driver = Driver(target, room_tokens=32)
+    decode = driver.ask(whole(prompt_of(20), max_new_tokens=10))
+    driver.step()
+    waiting = driver.ask(whole(prompt_of(16, 1)))
+    driver.step(3)
+    assert not waiting.answers
+    driver.drive()
+    assert_plain(target, decode)
+    assert_plain(target, waiting)
+
+
+def test_decodes_that_outgrow_the_cache_end_with_one_of_them_overloaded(target: Target) -> None:
+    driver = Driver(target, room_tokens=40)
+    decodes = [driver.ask(whole(prompt_of(10, i), max_new_tokens=25)) for i in range(2)]
+    driver.drive()
+    ends = [type(asked.answers[-1]) for asked in decodes]
+    assert sorted(end.__name__ for end in ends) == ["Extended", "Overloaded"]
+    broken = decodes[ends.index(Overloaded)]
+    got = [answer.next_token_id for answer in broken.answers if isinstance(answer, Extended)]
+    resumed = driver.answer(whole(list(broken.request.context_ids) + got, max_new_tokens=25 - len(got)))
+    assert target.plain.decode(list(broken.request.context_ids), 25).agrees_with(got + resumed.token_ids)
+    assert_plain(target, decodes[ends.index(Extended)])
+
+
+def test_a_server_of_busy_sessions_takes_no_more_until_one_is_idle(target: Target) -> None:
+    driver = Driver(target, max_sessions=2)
+    busy = [driver.ask(whole(prompt_of(4, i), max_new_tokens=4)) for i in range(2)]
+    refused = driver.ask(whole(prompt_of(4, 2)))
+    driver.drive(refused)
+    (answer,) = refused.answers
+    assert isinstance(answer, Overloaded)
+    assert "busy" in answer.reason
+    driver.drive()
+    assert_plain(target, driver.answer(refused.request))
+    for asked in busy:
+        assert_plain(target, asked)
+    assert len(driver.engine._sessions) == 2
+
+
+def test_a_cache_that_holds_no_page_is_refused(target: Target) -> None:
+    with pytest.raises(ConfigError, match=f"1000 bytes holds no page of 16 tokens at {target.served.bytes_per_token} bytes"):
+        Engine(target.served, cache_bytes=1000, page_size=16)
+
+
+# A pass that breaks
+
+
+@pytest.mark.parametrize("moment", ["before_forward", "after_forward"])
+def test_a_broken_pass_fails_its_requests_only_and_the_sessions_go_on(target: Target, moment: str) -> None:
+    """After the forward the cache has been written already: what was written must not be believed."""
+    driver = Driver(target, max_rows=12)
+    sessions = [new_id() for _ in range(3)]
+    for i, session in enumerate(sessions):
+        driver.answer(whole(prompt_of(6, i), session))
+
+    def break_once() -> None:
+        target.before_forward = target.after_forward = lambda: None
+        raise RuntimeError("the accelerator fell off")
+
+    broken = [driver.ask(whole(prompt_of(12, i), session)) for i, session in enumerate(sessions[:2])]
+    spared = driver.ask(whole(prompt_of(20, 2), sessions[2]))  # does not fit into the pass beside them
+    behind = driver.ask(whole(prompt_of(5, 0), sessions[0]))
+    setattr(target, moment, break_once)
+    driver.drive()
+    for asked in broken:
+        assert asked.answers == [Failed("RuntimeError: the accelerator fell off")]
+    for asked in (spared, behind, *(driver.answer(asked.request) for asked in broken)):
+        assert_plain(target, asked)
+    for session in sessions:
+        driver.release(session)
+    assert driver.num_used_pages == 0
+
+
+def test_a_pass_that_breaks_in_the_middle_of_a_prompt_or_a_decode_loses_nothing_else(target: Target) -> None:
+    driver = Driver(target, max_rows=8)
+    session, prompt = new_id(), prompt_of(20)
+    asked = driver.ask(whole(prompt, session, SAMPLED, max_new_tokens=6))
+    driver.step(5)  # three chunks and two tokens more
+    assert len(asked.answers) == 3
+
+    def break_once() -> None:
+        target.after_forward = lambda: None
+        raise MemoryError("full")
+
+    target.after_forward = break_once
+    driver.drive()
+    assert asked.answers[-1] == Failed("MemoryError: full")
+    got = [answer.next_token_id for answer in asked.answers if isinstance(answer, Extended)]
+    tokens = prompt + got
+    resumed = driver.answer(rest(session, tokens, len(tokens), SAMPLED, max_new_tokens=6 - len(got)))
+    assert target.plain.decode(prompt, 6, SAMPLED).agrees_with(got + resumed.token_ids)
+
+
+def test_however_an_engine_ends_nobody_is_left_waiting(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken_plan(*_: object) -> None:
+        raise AssertionError("a bug")
+
+    driver = Driver(target)
+    session = new_id()
+    asked = [driver.ask(whole(prompt_of(4), session)), driver.ask(whole(prompt_of(4), session)), driver.ask(whole([1]))]
+    with monkeypatch.context() as patched:
+        patched.setattr(engine_module, "plan", broken_plan)
+        with pytest.raises(AssertionError, match="a bug"):
+            driver.engine.run()
+    stopped = Driver(target)
+    stopped.engine.stop()
+    asked.append(stopped.ask(whole([1, 2])))
+    stopped.engine.run()
+    assert [a.answers for a in asked] == [[Failed("the engine was stopped")]] * 4
+
+
+# On its own thread
+
+
+async def gather(runner: EngineThread, request: Extend, take: int = 10**9) -> list[Answer]:
+    answers: list[Answer] = []
+    async with aclosing(runner.extend(request)) as stream:  # type: ignore[type-var]  # an async generator
+        async for answer in stream:
+            answers.append(answer)
+            if len(answers) == take:
+                break
+    return answers
+
+
+def test_the_thread_answers_many_at_once_as_plain_decoding_does(target: Target) -> None:
+    engine = Driver(target, room_tokens=80, max_rows=16).engine
+    requests = [whole(prompt_of(3 + 2 * i, i), sampling=SAMPLED, max_new_tokens=4) for i in range(8)]
+
+    async def ask_until_there_is_room(runner: EngineThread, request: Extend) -> list[Answer]:
+        while True:
+            answers = await gather(runner, request)
+            if not isinstance(answers[-1], Overloaded):
+                return answers
+            await asyncio.sleep(0.01)
+
+    async def ask_all(runner: EngineThread) -> list[list[Answer]]:
+        return await asyncio.gather(*(ask_until_there_is_room(runner, request) for request in requests))
+
+    with EngineThread(engine) as runner:
+        everything = asyncio.run(ask_all(runner))
+    for request, answers in zip(requests, everything, strict=True):
+        assert_plain(target, Asked(request, answers))
+
+
+def test_leaving_the_iterator_frees_the_session_for_the_next_request(target: Target) -> None:
+    engine = Driver(target).engine
+    session = new_id()
+
+    async def leave_and_return(runner: EngineThread) -> list[Answer]:
+        await gather(runner, whole(prompt_of(5), session, max_new_tokens=100), take=2)
+        return await gather(runner, whole(prompt_of(5), session, draft_ids=(1,)))
+
+    with EngineThread(engine) as runner:
+        answers = asyncio.run(leave_and_return(runner))
+    assert_plain(target, Asked(whole(prompt_of(5), session, draft_ids=(1,)), answers))
+
+
+def test_a_stopped_thread_says_so(target: Target) -> None:
+    with EngineThread(Driver(target).engine) as runner:
+        pass
+    assert asyncio.run(gather(runner, whole([1]))) == [Failed("the engine is not running")]
+
+
+def test_answers_to_a_loop_that_is_gone_do_not_stop_the_thread(target: Target) -> None:
+    async def walk_away(runner: EngineThread) -> None:
+        stream = runner.extend(whole(prompt_of(5), max_new_tokens=60))
+        await anext(stream)
+        abandoned.append(stream)
+
+    abandoned: list[Any] = []
+    with EngineThread(Driver(target).engine) as runner:
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(walk_away(runner))
+        loop.close()  # without shutdown_asyncgens: nobody cancels
+        request = whole(prompt_of(4))
+        assert_plain(target, Asked(request, asyncio.run(gather(runner, request))))
+    abandoned.clear()
