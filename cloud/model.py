@@ -31,7 +31,7 @@ class TargetModel:
 
     def __init__(self, folder: Path, dtype: str = "auto", device: str = "cpu") -> None:
         self.folder = folder
-        self.device = torch.device(device)
+        self.device = _device(device)
         self._model = _load(folder, _dtype(folder, dtype), self.device)
         self.dtype = next(self._model.parameters()).dtype
         config = self._model.config.get_text_config()
@@ -101,6 +101,15 @@ def check_safetensors(folder: Path) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path} is truncated or damaged ({error}); fetch or copy it again") from error
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # torch raises either, by the kind of device
+        raise ConfigError(f"device is {name!r}, which torch cannot use here: {error}") from error
+    return device
 
 
 def _dtype(folder: Path, name: str) -> torch.dtype:

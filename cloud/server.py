@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 import signal
 import socket
+import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -64,6 +65,10 @@ class ServerConfig:
         for name in ("page_size", "max_pass_tokens", "max_draft_tokens", "max_sessions", "cache_bytes", "max_message_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it takes at least 1")
+        if self.num_threads < 0:
+            raise ConfigError(f"num_threads is {self.num_threads}; it takes 0 (as many as may be used) or more")
+        if not self.idle_s > 0:  # nor NaN
+            raise ConfigError(f"idle_s is {self.idle_s}; it takes seconds above 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,9 +200,16 @@ def _target(model: Path) -> tuple[Path, str, str | None]:
 def _credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
     if config.tls_cert is None or config.tls_key is None:
         return None
+    check = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)  # gRPC would only say that it cannot bind
     try:
         pair = (config.tls_key.read_bytes(), config.tls_cert.read_bytes())
         client_ca = None if config.client_ca is None else config.client_ca.read_bytes()
+        check.load_cert_chain(config.tls_cert, config.tls_key, password="")  # none, and do not ask for one
+        if config.client_ca is not None:
+            check.load_verify_locations(config.client_ca)
+    except ssl.SSLError as error:
+        files = " and ".join(str(path) for path in (config.tls_cert, config.tls_key, config.client_ca) if path is not None)
+        raise ServerError(f"{files} are no PEM certificate and key that belong together ({error.reason or error})") from error
     except OSError as error:
         raise ServerError(f"{error.filename} cannot be read: {error.strerror}") from error
     return grpc.ssl_server_credentials([pair], client_ca, require_client_auth=client_ca is not None)

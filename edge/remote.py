@@ -70,6 +70,7 @@ class Cloud:
         else:
             self._channel = grpc.secure_channel(address, _credentials(tls), options)
         self.stub = pb_grpc.VerificationStub(self._channel)
+        self._releases: set[Any] = set()  # under way
 
     def describe(self, *, wait: bool) -> Service:
         """The handshake. With `wait`, a refused connection is tried again until the connect timeout.
@@ -102,8 +103,16 @@ class Cloud:
             max_draft_tokens=reply.limits.max_draft_tokens,
         )
 
+    def release(self, session_id: bytes) -> None:
+        """Tell the service that a session is over, without waiting for it. Unheard, it only costs the service its idle time."""
+        future = self.stub.Release.future(pb.ReleaseRequest(session_id=session_id), timeout=RELEASE_TIMEOUT_S)
+        self._releases.add(future)
+        future.add_done_callback(self._releases.discard)
+
     def close(self) -> None:
-        """Close the connection; calls under way fail."""
+        """Close the connection, after the releases under way; other calls fail."""
+        for future in list(self._releases):
+            future.code()  # returns when the call has ended, however it did
         self._channel.close()
 
 
@@ -176,8 +185,7 @@ class RemoteVerifier:
         with self._lock:
             if self._opened:
                 self._opened = False
-                request = pb.ReleaseRequest(session_id=self._session_id)
-                self._cloud.stub.Release.future(request, timeout=RELEASE_TIMEOUT_S).add_done_callback(_ignore_outcome)
+                self._cloud.release(self._session_id)
 
     def context(self, tokens: list[int]) -> dict[str, Any]:
         """Context fields of a request: only what the service may lack."""
@@ -302,10 +310,6 @@ def _credentials(tls: TLS) -> grpc.ChannelCredentials:
     except OSError as error:
         raise ConfigError(f"{error.filename} cannot be read: {error.strerror}") from error
     return grpc.ssl_channel_credentials(ca, key, cert)
-
-
-def _ignore_outcome(future: Any) -> None:
-    future.cancelled() or future.exception()  # an unheard Release only costs the service its idle time
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

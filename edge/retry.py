@@ -72,7 +72,10 @@ class Retry:
             pause_s = max(pause_s, error.retry_after_s)
         waited_s = now - self._first_failure_s
         if waited_s + pause_s > self._timeout.retry_s or self._num_failures >= self._timeout.max_attempts:
-            raise type(error)(f"{error}; gave up after {self._num_failures} attempts in {waited_s:.1f} s") from error
+            words = f"{error}; gave up after {self._num_failures} attempts in {waited_s:.1f} s"
+            if isinstance(error, CloudOverloadedError):
+                raise CloudOverloadedError(words, error.retry_after_s) from error
+            raise CloudUnavailableError(words) from error
         if self._deadline_s is not None:
             pause_s = min(pause_s, max(0.0, self._deadline_s - now))
         time.sleep(pause_s)

@@ -49,12 +49,17 @@ class ChatTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of raw text, with the special tokens that the model expects around it (a leading BOS, say)."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=True).ids
-        return ids
+        return self._ids(text, add_special_tokens=True)
 
     def encode_rendered(self, text: str) -> list[int]:
         """Ids of text that a chat template rendered: it holds its special tokens already."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self._ids(text, add_special_tokens=False)
+
+    def _ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError as error:  # what the library says of a lone surrogate, as broken UTF-8 on a command line gives
+            raise ConfigError(f"the prompt is no valid Unicode text: {text[:80]!r}") from error
         return ids
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
@@ -71,7 +76,7 @@ class ChatTokenizer:
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,
             )
-        except TemplateError as error:
+        except Exception as error:  # a template is foreign code: it may raise anything
             raise ConfigError(f"the chat template refuses these messages: {error}") from error
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:

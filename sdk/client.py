@@ -15,6 +15,7 @@ from edgecloud.edge.remote import TLS, Cloud, RemoteVerifier
 from edgecloud.edge.retry import Timeout
 from edgecloud.errors import (
     CloudError,
+    CloudOverloadedError,
     CloudUnavailableError,
     ConfigError,
     ContextLengthError,
@@ -68,8 +69,8 @@ class Client:
         self._tls = tls
         self._timeout = timeout or Timeout()
         self._num_draft_tokens = _check_num_draft_tokens(num_draft_tokens)
-        self._num_threads = num_threads or len(os.sched_getaffinity(0))
-        self._max_context_tokens = max_context_tokens
+        self._num_threads = _check_count("num_threads", num_threads) or len(os.sched_getaffinity(0))
+        self._max_context_tokens = _check_count("max_context_tokens", max_context_tokens)
         self._bundle: Bundle | None = None
         self._tokenizer: ChatTokenizer | None = None
         self._drafter: Drafter | None = None
@@ -103,7 +104,7 @@ class Client:
         elif isinstance(prompt, str):
             tokens = self.tokenizer.encode_chat([{"role": "user", "content": prompt}])
         else:
-            tokens = self.tokenizer.encode_chat(list(prompt))
+            tokens = self.tokenizer.encode_chat(_check_messages(prompt))
         return self.start(tokens, None, **options)
 
     def session(self, system: str | None = None) -> Session:
@@ -186,13 +187,13 @@ class Client:
             raise ConfigError(f"mode is {mode!r}; it takes {', '.join(MODES)}")
         if mode in {"cloud", "speculative"} and self._cloud_address is None:
             raise ConfigError(f"mode {mode!r} needs a cloud; give HOST:PORT")
-        if isinstance(stop_strings, str) or not all(isinstance(s, str) and s for s in stop_strings):
-            raise ConfigError(f"stop_strings is {stop_strings!r}; it takes a list of non-empty strings")
-        if deadline_s is not None and not deadline_s > 0:
+        _check_stop_strings(stop_strings)
+        if deadline_s is not None and not (isinstance(deadline_s, int | float) and deadline_s > 0):
             raise ConfigError(f"deadline_s is {deadline_s!r}; it takes seconds above 0")
         settings = _settings(sampling)
         num_draft = self._num_draft_tokens if num_draft_tokens is None else _check_num_draft_tokens(num_draft_tokens)
-        self._check_length(tokens, max_new_tokens)
+        _check_max_new_tokens(max_new_tokens)
+        _check_fits(len(tokens), max_new_tokens, self._window(), "context window")
         stop_token_ids = self.bundle.tokenizer.eos_token_ids
         generation = Generation(len(tokens), self.tokenizer.stream(), max_new_tokens, stop_token_ids, stop_strings)
         end_s = None if deadline_s is None else time.monotonic() + deadline_s
@@ -208,7 +209,7 @@ class Client:
                     with closing(rounds()) as steps:  # type: ignore[type-var]  # a generator
                         for step in steps:
                             if isinstance(step, ModeChanged):
-                                yield step
+                                yield generation.announce(step)
                                 continue
                             yield from generation.add(step)
                             if generation.finish_reason is not None:
@@ -238,6 +239,7 @@ class Client:
             mode = "edge"
         if mode != "edge":
             service = self.describe()
+            _check_fits(len(tokens), max_new_tokens, service.max_context_tokens, f"window of {self._cloud_address}")
             num_draft_tokens = min(num_draft_tokens, service.max_draft_tokens)
             remote = verifier or RemoteVerifier(self._connection())
             remote.deadline_s = end_s
@@ -245,7 +247,7 @@ class Client:
                 yield from self._remote_rounds(
                     tokens, "cloud" if mode == "cloud" else "speculative", remote, settings, max_new_tokens, num_draft_tokens,
                 )  # fmt: skip
-            except CloudUnavailableError as error:
+            except (CloudUnavailableError, CloudOverloadedError) as error:
                 if mode != "auto":
                     raise
                 yield ModeChanged("edge", str(error))
@@ -283,18 +285,6 @@ class Client:
             return False
         return True
 
-    def _check_length(self, tokens: list[int], max_new_tokens: int) -> None:
-        if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens is {max_new_tokens!r}; it takes a whole number from 1")
-        if not tokens:
-            raise ConfigError("the prompt is empty; give at least one token")
-        window = self._window()
-        if len(tokens) + max_new_tokens > window:
-            raise ContextLengthError(
-                f"a prompt of {len(tokens)} tokens and {max_new_tokens} new ones do not fit the context window of {window}; "
-                f"shorten the prompt or ask for fewer"
-            )
-
     def _window(self) -> int:
         bundle = self.bundle
         window = min(bundle.target.max_context_tokens, bundle.draft.max_context_tokens)
@@ -302,6 +292,8 @@ class Client:
 
     def _connection(self) -> Cloud:
         with self._loading:
+            if self._closed:
+                raise ConfigError("this client is closed; make another")
             if self._cloud_address is None:
                 raise ConfigError("this client has no cloud; give HOST:PORT")
             if self._cloud is None:
@@ -351,6 +343,42 @@ def _check_pair(bundle: Bundle, service: Service, address: str) -> None:
                 f"{address} serves {service.model_name} with {what} fingerprint {theirs}, the bundle {bundle.path} was made for "
                 f"{bundle.target.name} with {ours}; serve that bundle, or make one for this target"
             )
+
+
+def _check_stop_strings(value: Sequence[str]) -> None:
+    if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(s, str) and s for s in value):
+        raise ConfigError(f"stop_strings is {value!r}; it takes a list of non-empty strings")
+
+
+def _check_messages(prompt: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
+    if not isinstance(prompt, Sequence) or not prompt or not all(_is_message(message) for message in prompt):
+        raise ConfigError(f"prompt is {str(prompt)[:80]!r}; it takes a string, or messages with the strings `role` and `content`")
+    return list(prompt)
+
+
+def _is_message(value: object) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(value.get(key), str) for key in ("role", "content"))
+
+
+def _check_count(name: str, value: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ConfigError(f"{name} is {value!r}; it takes a whole number from 1, or 0 for the default")
+    return value
+
+
+def _check_max_new_tokens(value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"max_new_tokens is {value!r}; it takes a whole number from 1")
+
+
+def _check_fits(num_prompt_tokens: int, max_new_tokens: int, window: int, whose: str) -> None:
+    if not num_prompt_tokens:
+        raise ConfigError("the prompt is empty; give at least one token")
+    if num_prompt_tokens + max_new_tokens > window:
+        raise ContextLengthError(
+            f"a prompt of {num_prompt_tokens} tokens and {max_new_tokens} new ones do not fit the {whose} of {window}; "
+            f"shorten the prompt or ask for fewer"
+        )
 
 
 def _check_num_draft_tokens(value: int) -> int:

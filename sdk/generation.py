@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Generator, Sequence
 
 from edgecloud.edge.tokenizer import TextStream
-from edgecloud.types import Event, FinishReason, Metrics, ModeChanged, ModeSpan, Reply, Round, TokenEvent, Usage
+from edgecloud.types import Event, FinishReason, Metrics, Mode, ModeChanged, ModeSpan, Reply, Round, TokenEvent, Usage
 
 
 class Generation:
@@ -40,14 +40,16 @@ class Generation:
         self._rounds: list[Round] = []
         self._timeline: list[ModeSpan] = []
         self._num_unverified = 0
+        self._announced: Mode | None = None
 
     def add(self, round_: Round) -> list[Event]:
         """Take in a round.  -> what to tell the caller"""
         events: list[Event] = []
         span = ModeSpan(len(self.token_ids), round_.mode, round_.num_draft_tokens)
         if not self._timeline or self._timeline[-1].mode != round_.mode:
-            if self._timeline:
+            if self._timeline and self._announced != round_.mode:
                 events.append(ModeChanged(round_.mode, f"was {self._timeline[-1].mode}"))
+            self._announced = None
             self._timeline.append(span)
         elif self._timeline[-1].num_draft_tokens != round_.num_draft_tokens:
             self._timeline.append(span)
@@ -68,6 +70,11 @@ class Generation:
         self._shown.append(text)
         events.append(TokenEvent(text, taken, round_.status))
         return events
+
+    def announce(self, change: ModeChanged) -> ModeChanged:
+        """Take in a change of mode ahead of its first round, so that it is told once."""
+        self._announced = change.mode
+        return change
 
     def reply(self) -> Reply:
         """All of it so far."""

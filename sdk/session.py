@@ -38,6 +38,8 @@ class Session:
         """Take a turn, event by event. A turn left early is not added to the conversation."""
         if self._closed:
             raise ConfigError("this session is closed; open another")
+        if not isinstance(prompt, str):
+            raise ConfigError(f"prompt is {str(prompt)[:80]!r}; a session takes a string")
         message = {"role": "user", "content": prompt}
         tokens = self._turn_tokens(message)
 

@@ -6,16 +6,18 @@ PYTEST_DONT_REWRITE.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ from tiny import make_tiny_llama
 from transformers import AutoModelForCausalLM
 
 from edgecloud.bundle import MANIFEST
+from edgecloud.edge.link_config import LinkConfig
+from edgecloud.edge.relay import Relay
 from edgecloud.fingerprint import sha256_file
 from edgecloud.kernels.choice import gumbel, process
 from edgecloud.partitioner.inputs import check_inputs
@@ -136,14 +140,26 @@ def stranger_pair(tiny_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> 
     return Pair(bundle, tiny_pair.target)
 
 
+def home_folder() -> Path:
+    """Where the real model is kept between runs."""
+    return Path(os.environ.get("EDGECLOUD_HOME") or ROOT / "build" / "home")
+
+
+def cached_model() -> Path | None:
+    """The demo model's folder, if some run has fetched it."""
+    if given := os.environ.get("EDGECLOUD_TEST_BUNDLE"):
+        return Path(given) / "cloud"
+    folder = home_folder() / "models" / "smollm2-135m"
+    return folder if folder.is_dir() else None
+
+
 @pytest.fixture(scope="session")
-def smol_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+def smol_pair() -> Pair:
     """The real demo pair: taken from EDGECLOUD_TEST_BUNDLE, else fetched and partitioned once into the cache folder."""
     if given := os.environ.get("EDGECLOUD_TEST_BUNDLE"):
         return Pair(Path(given), Path(given) / "cloud")
-    home = Path(os.environ.get("EDGECLOUD_HOME") or ROOT / "build" / "home")
-    environment = {**os.environ, "EDGECLOUD_HOME": str(home)}
-    bundle = home / "test-bundle"
+    environment = {**os.environ, "EDGECLOUD_HOME": str(home_folder())}
+    bundle = home_folder() / "test-bundle"
     if not (bundle / MANIFEST).is_file():
         for command in (["fetch", "smollm2-135m"], ["partition", "smollm2-135m", "-o", str(bundle)]):
             done = subprocess.run([*EDGECLOUD, *command], env=environment, capture_output=True, text=True, check=False)
@@ -258,3 +274,47 @@ def until(holds: Callable[[], bool]) -> None:
     while not holds():
         assert time.monotonic() < end_s, "it did not come to hold"
         time.sleep(0.02)
+
+
+# The way to a server
+
+
+class Gate:
+    """A way to a server that can be shut and opened again: the relay of `edgecloud link`, without delay, in this process."""
+
+    def __init__(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        self._config = LinkConfig(0, host, int(port))
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="gate")
+        self._thread.start()
+        self.open()
+        self.address = f"127.0.0.1:{self._relay.port}"  # what the device connects to
+
+    def open(self) -> None:
+        """Listen, on the same port every time."""
+        self._relay = Relay(self._config)
+        self._run(self._relay.start())
+        self._config = replace(self._config, listen_port=self._relay.port)
+
+    def shut(self) -> None:
+        """Reset every connection and refuse new ones."""
+        self._run(self._relay.close())
+
+    def close(self) -> None:
+        """Shut it for good."""
+        self.shut()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(PATIENCE_S)
+
+
+@pytest.fixture
+def gate(tiny_server: Server) -> Iterator[Gate]:
+    """A way to the tiny server that a test may shut."""
+    way = Gate(tiny_server.address)
+    yield way
+    way.close()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
@@ -35,27 +37,17 @@ def demo(
 
     Exit code 1 if speculative text differs from the cloud's.
     """
-    from edgecloud.demo import prepare_bundle, run_demo, verdict
+    from edgecloud.demo import prepare_bundle, verdict
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
     begin = time.monotonic()
     console = progress_console()
 
     def remark(text: str) -> None:
         console.print(text, style="dim", highlight=False, soft_wrap=True)
 
-    path = prepare_bundle(remark) if bundle is None else bundle
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("generating", total=None, visible=False)
-
-        def progress(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total, visible=True)
-            if not console.is_terminal and done % REMARK_EVERY == 0:
-                remark(f"{done} of {total} generations")
-
-        report = run_demo(path, prompts, max_new_tokens, remark=remark, progress=progress)
+    with _stopped_like_ctrl_c():
+        path = prepare_bundle(remark) if bundle is None else bundle
+        report = _run(path, prompts, max_new_tokens, console, remark)
     remark(f"done in {time.monotonic() - begin:.0f} s")
     if json:
         print_json(report.to_dict())
@@ -69,6 +61,36 @@ def demo(
         raise typer.Exit(1)
 
 
+def _run(bundle: Path, num_prompts: int, max_new_tokens: int, console: Console, remark: Callable[[str], None]) -> DemoReport:
+    from edgecloud.demo import run_demo
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("generating", total=None, visible=False)
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, visible=True)
+            if not console.is_terminal and done % REMARK_EVERY == 0:
+                remark(f"{done} of {total} generations")
+
+        return run_demo(bundle, num_prompts, max_new_tokens, remark=remark, progress=progress)
+
+
+@contextmanager
+def _stopped_like_ctrl_c() -> Iterator[None]:
+    """SIGTERM and SIGHUP end what was started, too."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def to_table(report: DemoReport) -> Table:
     """What each mode cost on each link."""
     pins = f"service on core {report.cloud_cpu}, device on core {report.device_cpu}"
@@ -76,14 +98,15 @@ def to_table(report: DemoReport) -> Table:
         title=f"{report.bundle}, {report.num_prompts} prompts, {report.max_new_tokens} tokens, greedy\n"
         f"{pins if report.cloud_cpu is not None else 'one core for all'}; {report.machine['cpu']}",
         box=SIMPLE_HEAD,
-        caption="Times are medians over the prompts. Accepted: share of the draft tokens. Passes and bytes: per token of the "
-        "answer, the prompt's included. Agree: share of tokens before the first that differs.",
+        padding=0,  # so that it fits into 80 columns
+        caption="Times are medians over the prompts. Passes and bytes: "
+        "per token of the answer, the prompt's included. Agree: share of tokens before the first that differs.",
     )
     for heading in ("link", "mode"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("RTT\nms", "TTFT\nms", "TPOT\nms", "accepted\n", "cloud\npasses", "bytes\nup", "bytes\ndown"):
+    for heading in ("RTT\nms", "TTFT\nms", "TPOT\nms", "accep-\ntance", "cloud\npasses", "bytes\nup", "bytes\ndown"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("text identical\nto cloud", no_wrap=True)
+    table.add_column("text identical to cloud")
     for row in report.rows:
         table.add_row(*_cells(row), end_section=row.mode != "cloud")
     return table
@@ -110,7 +133,3 @@ def _identity(row: Row) -> str:
     if row.identical:
         return "yes"
     return f"no: {row.num_prompts - row.num_identical} of {row.num_prompts} differ"
-
-
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

@@ -1,0 +1,81 @@
+"""A real `grpc.aio` service on a loopback port of this process, so that a test can look into the engine behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from edgecloud.cloud.engine import Engine
+from edgecloud.cloud.model import TargetModel
+from edgecloud.cloud.runner import EngineThread
+from edgecloud.cloud.server import listening
+from edgecloud.cloud.service import Identity, Limits, VerificationService
+from edgecloud.rpc import edgecloud_pb2_grpc as pb_grpc
+
+
+@dataclass(frozen=True)
+class Loopback:
+    """Where it listens, and what is behind it."""
+
+    address: str
+    engine: Engine
+
+    @contextmanager
+    def stub(self) -> Iterator[pb_grpc.VerificationStub]:
+        """A client with a connection of its own."""
+        with self.channel() as channel:
+            yield pb_grpc.VerificationStub(channel)
+
+    def channel(self) -> grpc.Channel:
+        """A connection that nobody else shares."""
+        return grpc.insecure_channel(self.address, [("grpc.use_local_subchannel_pool", 1)])
+
+
+@contextmanager
+def loopback(
+    target: TargetModel,
+    *,
+    max_draft_tokens: int = 8,
+    max_message_bytes: int = 1 << 20,
+    credentials: grpc.ServerCredentials | None = None,
+    **engine_options: Any,
+) -> Iterator[Loopback]:
+    """Serve `target` with production's engine, service and server, on a thread, until the context is left."""
+    engine = Engine(target, **engine_options)
+    identity = Identity("0.0", target.folder.name, "m" * 64, "t" * 64, target.vocab_size, "float32")
+    limits = Limits(engine.max_context_tokens, max_draft_tokens, max_message_bytes)
+    loop = asyncio.new_event_loop()
+    started = threading.Event()
+    stopping = asyncio.Event()
+    addresses: list[str] = []
+
+    async def serve(runner: EngineThread) -> None:
+        service = VerificationService(runner, identity, limits)
+        async with listening(service, "127.0.0.1", 0, max_message_bytes, credentials) as address:
+            addresses.append(address)
+            started.set()
+            await stopping.wait()
+
+    def run() -> None:
+        try:
+            with EngineThread(engine) as runner:
+                loop.run_until_complete(serve(runner))
+        finally:
+            started.set()
+            loop.close()
+
+    thread = threading.Thread(target=run, name="loopback")
+    thread.start()
+    started.wait()
+    assert addresses, "the server did not start"
+    try:
+        yield Loopback(addresses[0], engine)
+    finally:
+        loop.call_soon_threadsafe(stopping.set)
+        thread.join()
