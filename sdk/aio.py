@@ -6,10 +6,11 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Unpack
 
-from edgecloud.client import Client, Prompt
+from edgecloud.client import Client
 from edgecloud.generation import GenerationStream
+from edgecloud.options import GenerationKeywords, Prompt
 from edgecloud.session import Session
 from edgecloud.types import Event, Reply, Service
 
@@ -22,13 +23,13 @@ class AsyncClient:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="edgecloud")
         self._turn = asyncio.Lock()  # generations take turns on the one thread
 
-    async def generate(self, prompt: Prompt, **options: Any) -> Reply:
+    async def generate(self, prompt: Prompt, *, raw: bool = False, **options: Unpack[GenerationKeywords]) -> Reply:
         """As `Client.generate`."""
-        return await _collect(self.stream(prompt, **options))
+        return await _collect(self.stream(prompt, raw=raw, **options))
 
-    def stream(self, prompt: Prompt, **options: Any) -> AsyncStream:
+    def stream(self, prompt: Prompt, *, raw: bool = False, **options: Unpack[GenerationKeywords]) -> AsyncStream:
         """As `Client.stream`: `async for event in client.stream(...)`."""
-        return AsyncStream(self._thread, self._turn, lambda: self._client.stream(prompt, **options))
+        return AsyncStream(self._thread, self._turn, lambda: self._client.stream(prompt, raw=raw, **options))
 
     def session(self, system: str | None = None) -> AsyncSession:
         """As `Client.session`."""
@@ -58,11 +59,11 @@ class AsyncSession:
         self._turn = turn
         self._session = session
 
-    async def generate(self, prompt: str, **options: Any) -> Reply:
+    async def generate(self, prompt: str, **options: Unpack[GenerationKeywords]) -> Reply:
         """As `Session.generate`."""
         return await _collect(self.stream(prompt, **options))
 
-    def stream(self, prompt: str, **options: Any) -> AsyncStream:
+    def stream(self, prompt: str, **options: Unpack[GenerationKeywords]) -> AsyncStream:
         """As `Session.stream`."""
         return AsyncStream(self._thread, self._turn, lambda: self._session.stream(prompt, **options))
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 from edgecloud.errors import ConfigError
+from edgecloud.options import GenerationKeywords
 from edgecloud.types import Reply
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class Session:
         self.token_ids: list[int] = []  # the whole conversation so far, answers included
         self._closed = False
 
-    def generate(self, prompt: str, **options: Any) -> Reply:
+    def generate(self, prompt: str, **options: Unpack[GenerationKeywords]) -> Reply:
         """Take a turn. Options are those of `Client.generate`, without `raw`.
 
         Raises:
@@ -34,7 +35,7 @@ class Session:
         """
         return self.stream(prompt, **options).finish()
 
-    def stream(self, prompt: str, **options: Any) -> GenerationStream:
+    def stream(self, prompt: str, **options: Unpack[GenerationKeywords]) -> GenerationStream:
         """Take a turn, event by event. A turn left early is not added to the conversation."""
         if self._closed:
             raise ConfigError("this session is closed; open another")

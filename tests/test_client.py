@@ -384,7 +384,11 @@ def test_auto_goes_on_alone_when_the_cloud_is_lost(tiny_pair: Pair, gate: Gate) 
         assert next(span.token for span in reply.mode_timeline if span.mode == "edge") == len(before)
         assert text_of(events) == reply.text
         gate.open()
-        assert client.generate(PROMPT, max_new_tokens=100, repetition_penalty=1.2).token_ids == whole.token_ids
+        for _ in range(20):  # an impatient client may find the connection still down
+            again = client.generate(PROMPT, max_new_tokens=100, repetition_penalty=1.2)
+            if again.metrics.num_unverified_tokens == 0:
+                break
+        assert again.token_ids == whole.token_ids  # it comes back to the cloud by itself
 
 
 @pytest.mark.parametrize("mode", ["edge", "cloud", "speculative"])

@@ -11,6 +11,7 @@ import typer
 from edgecloud.cli.app import app
 from edgecloud.cli.output import JsonFlag, print_json
 from edgecloud.errors import EdgecloudError
+from edgecloud.types import ModeChoice
 
 
 @app.command()
@@ -18,7 +19,7 @@ def generate(
     bundle: Annotated[Path, typer.Argument(help="Folder written by `edgecloud partition`.")],
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads standard input.")],
     cloud: Annotated[str | None, typer.Option(help="HOST:PORT of a verification service.")] = None,
-    mode: Annotated[str, typer.Option(help="auto, edge, cloud or speculative.")] = "auto",
+    mode: Annotated[ModeChoice, typer.Option(help="Who makes the tokens.")] = "auto",
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
     temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="1: off.")] = 1.0,
