@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from edgecloud.cloud.pages import OutOfPagesError, PagePool, PageTable
 from edgecloud.rpc.codec import context_hash
+from edgecloud.tokens import common_prefix
 
 
 @dataclass(slots=True)
@@ -96,17 +97,3 @@ class SessionStore:
                 idle.table.release()
             else:
                 return
-
-
-def common_prefix(a: list[int], b: list[int]) -> int:
-    """Length of the longest common prefix, by bisection over slice comparisons."""
-    low, high = 0, min(len(a), len(b))
-    if a[:high] == b[:high]:
-        return high
-    while high - low > 1:
-        middle = (low + high) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle
-    return low

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from edgecloud.errors import BundleError, ContextLengthError
+from edgecloud.tokens import common_prefix
 
 PREFILL_CHUNK_TOKENS = 128
 
@@ -56,7 +57,7 @@ class DraftModel:
         """Tokens whose keys and values count."""
         return len(self._tokens)
 
-    def extend_to(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+    def extend_to(self, tokens: list[int]) -> npt.NDArray[np.float32]:
         """Logits after the last of `tokens`, computing only what the cache lacks.  -> [vocab]
 
         The array is the output buffer itself: valid until the next call.
@@ -66,7 +67,7 @@ class DraftModel:
         """
         if len(tokens) > self.max_context_tokens:
             raise ContextLengthError(f"{len(tokens)} tokens do not fit the draft model's window of {self.max_context_tokens}")
-        self.crop_to(min(self._common_prefix(tokens), len(tokens) - 1))
+        self.crop_to(min(common_prefix(self._tokens, tokens), len(tokens) - 1))
         while (start := len(self._tokens)) < len(tokens):
             chunk = tokens[start : start + PREFILL_CHUNK_TOKENS]
             self._run(chunk, start + len(chunk))
@@ -87,13 +88,6 @@ class DraftModel:
         binding.bind_input("input_ids", "cpu", 0, np.int64, (1, num_tokens), self._ids.ctypes.data)
         binding.bind_input("attention_mask", "cpu", 0, np.int64, (1, total), self._mask.ctypes.data)
         self._session.run_with_iobinding(binding)
-
-    def _common_prefix(self, tokens: Sequence[int]) -> int:
-        cached = self._tokens
-        length = min(len(cached), len(tokens))
-        if cached[:length] == tokens[:length]:
-            return length
-        return next(i for i in range(length) if cached[i] != tokens[i])
 
     def _bind(self) -> ort.IOBinding:
         binding = self._session.io_binding()

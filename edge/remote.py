@@ -30,6 +30,7 @@ from edgecloud.rpc import codec
 from edgecloud.rpc import edgecloud_pb2 as pb
 from edgecloud.rpc import edgecloud_pb2_grpc as pb_grpc
 from edgecloud.sampling import SamplingSettings
+from edgecloud.tokens import common_prefix
 from edgecloud.types import CallCost, Round, Service, Verdict
 
 RELEASE_TIMEOUT_S = 2.0
@@ -189,7 +190,7 @@ class RemoteVerifier:
 
     def context(self, tokens: list[int]) -> dict[str, Any]:
         """Context fields of a request: only what the service may lack."""
-        start = _common_prefix(self._server_tokens, tokens)
+        start = common_prefix(self._server_tokens, tokens)
         return {"context_start": start, "context_ids": tokens[start:], "context_hash": codec.context_hash(tokens[:start])}
 
     def verify_request(self, tokens: list[int], draft_ids: list[int], sampling: pb.Sampling) -> pb.VerifyRequest:
@@ -310,10 +311,3 @@ def _credentials(tls: TLS) -> grpc.ChannelCredentials:
     except OSError as error:
         raise ConfigError(f"{error.filename} cannot be read: {error.strerror}") from error
     return grpc.ssl_channel_credentials(ca, key, cert)
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    length = min(len(a), len(b))
-    if a[:length] == b[:length]:
-        return length
-    return next(i for i in range(length) if a[i] != b[i])

@@ -24,6 +24,7 @@ from typing import IO, Any, cast
 from edgecloud.bundle import Bundle
 from edgecloud.client import Client
 from edgecloud.errors import BundleError, ConfigError, EdgecloudError, ServerError
+from edgecloud.tokens import common_prefix
 from edgecloud.types import Mode, Reply
 
 MODEL = "smollm2-135m"
@@ -336,11 +337,6 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in packages},
     }
-
-
-def common_prefix(ours: Sequence[int], theirs: Sequence[int]) -> int:
-    """How many tokens agree before the first that does not."""
-    return next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
 
 
 def _run(arguments: Sequence[str]) -> dict[str, Any]:

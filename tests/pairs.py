@@ -43,6 +43,8 @@ from edgecloud.sampling import SamplingSettings
 
 EDGECLOUD = [sys.executable, "-c", "from edgecloud.cli import main; main()"]
 TIE = 1e-4  # exactness is promised where the target's first choice leads its second by more
+torch.set_num_threads(1)  # for tiny models a second thread only gets in the way
+
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE_S = 60.0  # how long a condition may take that takes a moment on an idle machine
 
@@ -142,13 +144,13 @@ def stranger_pair(tiny_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def home_folder() -> Path:
     """Where the real model is kept between runs."""
-    return Path(os.environ.get("EDGECLOUD_HOME") or ROOT / "build" / "home")
+    return Path(os.environ.get("EDGECLOUD_HOME") or ROOT / "build" / "home").resolve()
 
 
 def cached_model() -> Path | None:
     """The demo model's folder, if some run has fetched it."""
     if given := os.environ.get("EDGECLOUD_TEST_BUNDLE"):
-        return Path(given) / "cloud"
+        return Path(given).resolve() / "cloud"
     folder = home_folder() / "models" / "smollm2-135m"
     return folder if folder.is_dir() else None
 
@@ -157,7 +159,7 @@ def cached_model() -> Path | None:
 def smol_pair() -> Pair:
     """The real demo pair: taken from EDGECLOUD_TEST_BUNDLE, else fetched and partitioned once into the cache folder."""
     if given := os.environ.get("EDGECLOUD_TEST_BUNDLE"):
-        return Pair(Path(given), Path(given) / "cloud")
+        return Pair(Path(given).resolve(), Path(given).resolve() / "cloud")
     environment = {**os.environ, "EDGECLOUD_HOME": str(home_folder())}
     bundle = home_folder() / "test-bundle"
     if not (bundle / MANIFEST).is_file():

@@ -105,7 +105,7 @@ def test_raw_skips_the_chat_template(capsys: pytest.CaptureFixture[str], tiny_pa
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--mode", "best"], "mode is 'best'"),
+        (["--mode", "best"], "'best'"),
         (["--mode", "cloud"], "needs a cloud"),
         (["--cloud", "nowhere", "--mode", "cloud"], "'nowhere'"),
         (["--temperature", "nan"], "temperature is nan"),

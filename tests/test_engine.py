@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import aclosing
@@ -15,7 +16,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from pairs import TIE, Plain, PlainTarget, plain_target
+from pairs import PATIENCE_S, TIE, Plain, PlainTarget, plain_target
 from tiny import make_tiny_llama
 
 from edgecloud.cloud import engine as engine_module
@@ -254,7 +255,7 @@ class Crowd:
 
     def begin(self, peer: Peer) -> None:
         """One peer does something, perhaps after its session was forgotten or its text was changed."""
-        action = self.data.draw(st.sampled_from(["verify", "verify", "decode", "rewrite", "forget", "rest"]), label="action")
+        action = self.data.draw(st.sampled_from(["verify", "verify", "decode", "rewrite", "say", "forget", "rest"]), label="action")
         if action == "rest":
             return
         if action == "forget":
@@ -262,6 +263,8 @@ class Crowd:
         if action == "rewrite":
             peer.num_known = min(peer.num_known, self.data.draw(st.integers(0, len(peer.tokens) - 1)))
             peer.tokens[peer.num_known :] = [self.data.draw(st.integers(0, VOCAB_SIZE - 1))]
+        if action == "say":  # the next turn of a conversation
+            peer.tokens += self.data.draw(st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=5))
         length = self.data.draw(st.integers(0, 8), label="length")
         plain = self.target.plain.decode(peer.tokens, length + 1, peer.sampling)
         assume(min(plain.margins) > TIE)
@@ -397,6 +400,20 @@ def test_a_replayed_duplicated_or_reordered_verify_changes_nothing(target: Targe
     assert final.answers == [Refused(cached_length)], "all that a late one costs: what it did not mention is sent again"
     final = driver.answer(rest(session, log, cached_length, SAMPLED, max_new_tokens=4))
     assert [*log[len(prompt) :], *final.token_ids] == expected[: len(log) - len(prompt) + 4]
+
+
+def test_what_was_cached_of_rejected_or_rewritten_tokens_is_not_believed(target: Target) -> None:
+    driver = Driver(target)
+    session, prompt = new_id(), prompt_of(9)
+    token = target.plain.decode(prompt, 1).token_ids[0]
+    wrong = tuple((token + i) % VOCAB_SIZE for i in range(1, 5))
+    for said in range(8):  # several, as the next token may not depend on what is wrong
+        assert driver.answer(whole(prompt, session, draft_ids=wrong)).verdict == (0, token, 10)
+        turn = [*prompt, token, said, 12, 13]  # goes on behind the recovered token
+        asked = driver.answer(rest(session, turn, 10, SAMPLED, max_new_tokens=4))
+        assert asked.token_ids == target.plain.decode(turn, 4, SAMPLED).token_ids
+        changed = [(t + 1) % VOCAB_SIZE if i == said else t for i, t in enumerate(turn)]
+        assert_plain(target, driver.answer(whole(changed, session, SAMPLED, max_new_tokens=4)))
 
 
 def test_requests_for_one_session_are_served_in_the_order_they_came(target: Target) -> None:
@@ -766,13 +783,21 @@ def test_the_thread_answers_many_at_once_as_plain_decoding_does(target: Target) 
 def test_leaving_the_iterator_frees_the_session_for_the_next_request(target: Target) -> None:
     engine = Driver(target).engine
     session = new_id()
+    first_pass, left = target.num_passes + 1, threading.Event()
+
+    def wait_in_the_third_pass() -> None:
+        assert target.num_passes < first_pass + 2 or left.wait(PATIENCE_S)
+
+    target.before_forward = wait_in_the_third_pass
 
     async def leave_and_return(runner: EngineThread) -> list[Answer]:
         await gather(runner, whole(prompt_of(5), session, max_new_tokens=100), take=2)
+        left.set()
         return await gather(runner, whole(prompt_of(5), session, draft_ids=(1,)))
 
     with EngineThread(engine) as runner:
         answers = asyncio.run(leave_and_return(runner))
+    assert target.num_passes <= first_pass + 3
     assert_plain(target, Asked(whole(prompt_of(5), session, draft_ids=(1,)), answers))
 
 

@@ -213,7 +213,7 @@ def ids_of(rounds: Iterator[Round]) -> list[int]:
     return [token for round_ in rounds for token in round_.token_ids]
 
 
-@settings(max_examples=250)
+@settings(max_examples=150)
 @given(
     shapes, prompts, samplings, stop_ids, st.integers(1, MAX_NEW_TOKENS), st.integers(1, 8), drafts(), faults, page_sizes, max_rows
 )
@@ -246,7 +246,7 @@ def test_speculation_equals_plain_decoding(
         assert all(round_.num_accepted == round_.num_draft_tokens for round_ in rounds)
 
 
-@settings(max_examples=80)
+@settings(max_examples=50)
 @given(shapes, prompts, samplings, stop_ids, st.integers(1, MAX_NEW_TOKENS), faults, page_sizes, max_rows)
 def test_cloud_decoding_equals_plain_decoding(
     target_of: Callable[[str], Target],
@@ -269,7 +269,7 @@ def test_cloud_decoding_equals_plain_decoding(
     assert again.agrees_with(ids_of(verifier.decode(turn, 5, sampling, ())))
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(shapes, prompts, samplings, st.integers(1, MAX_NEW_TOKENS), st.integers(1, 8), st.integers(0, MAX_NEW_TOKENS), drafts())
 def test_the_mode_may_change_after_any_token(
     target_of: Callable[[str], Target],

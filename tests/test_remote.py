@@ -337,9 +337,7 @@ def test_after_the_deadline_nothing_is_repeated() -> None:
             Retry(Timeout(), time.monotonic() - 1, "there:1").again_or_raise(error)
 
 
-@pytest.mark.parametrize(
-    "bad", [{"connect_s": -1.0}, {"request_s": float("nan")}, {"retry_s": -0.1}, {"max_attempts": 0}], ids=str
-)
+@pytest.mark.parametrize("bad", [{"connect_s": -1.0}, {"request_s": float("nan")}, {"retry_s": -0.1}, {"max_attempts": 0}], ids=str)
 def test_a_bad_timeout_is_refused_by_name(bad: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(bad))):
         Timeout(**bad)

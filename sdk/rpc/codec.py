@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import sys
+from array import array
 from collections.abc import Sequence
 
-import numpy as np
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
@@ -26,7 +27,10 @@ def context_hash(tokens: Sequence[int]) -> int:
     """
     if not tokens:
         return 0
-    digest = hashlib.blake2b(np.asarray(tokens, "<u4").tobytes(), digest_size=8).digest()
+    ids = array("I", tokens)
+    if sys.byteorder == "big":
+        ids.byteswap()
+    digest = hashlib.blake2b(ids, digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
