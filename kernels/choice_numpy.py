@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from edgecloud.kernels.choice import philox4x32
+from edgecloud.kernels.choice import gumbel, philox4x32
 from edgecloud.sampling import SamplingSettings
 
 NUCLEUS_GUESS = 512  # tokens that nearly always hold top_p; when they do not, all are sorted
@@ -41,11 +41,14 @@ def choose(logits: npt.NDArray[np.floating], tokens: Sequence[int], sampling: Sa
         if sampling.greedy:
             return int(z.argmax())
     z /= sampling.temperature
-    ids = np.arange(len(z))
+    ids: Ids | None = None
     if 0 < sampling.top_k < len(z):
         ids = np.flatnonzero(z >= np.partition(z, -sampling.top_k)[-sampling.top_k])
     if sampling.top_p < 1.0:
-        ids = ids[_nucleus(z[ids], sampling.top_p)]
+        kept = _nucleus(z if ids is None else z[ids], sampling.top_p)
+        ids = kept if ids is None else ids[kept]
+    if ids is None:
+        return int((z + gumbel(sampling.seed, len(tokens), len(z))).argmax())
     return int(ids[(z[ids] + gumbel_at(sampling.seed, len(tokens), ids)).argmax()])
 
 

@@ -43,10 +43,10 @@ from edgecloud.sampling import SamplingSettings
 
 EDGECLOUD = [sys.executable, "-c", "from edgecloud.cli import main; main()"]
 TIE = 1e-4  # exactness is promised where the target's first choice leads its second by more
-torch.set_num_threads(1)  # for tiny models a second thread only gets in the way
-
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE_S = 60.0  # how long a condition may take that takes a moment on an idle machine
+
+torch.set_num_threads(1)  # for tiny models a second thread only gets in the way
 
 
 # Plain decoding: what every mode is held against

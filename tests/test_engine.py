@@ -56,7 +56,7 @@ class Target:
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Target:
-    folder = make_tiny_llama(tmp_path_factory.mktemp("target") / "m", vocab_size=VOCAB_SIZE, hidden_size=32)
+    folder = make_tiny_llama(tmp_path_factory.mktemp("target") / "m", vocab_size=VOCAB_SIZE, hidden_size=32, scale=0.6)
     target = Target(TargetModel(folder), plain_target(folder))
     forward = target.served.forward
 
