@@ -41,7 +41,9 @@ from edgecloud.rpc import edgecloud_pb2 as pb
 from edgecloud.rpc import edgecloud_pb2_grpc as pb_grpc
 from edgecloud.sampling import SamplingSettings
 
-EDGECLOUD = [sys.executable, "-c", "from edgecloud.cli import main; main()"]
+# A shell starts background jobs with Ctrl-C ignored, and what is ignored is inherited: the child must not.
+ENTRY = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from edgecloud.cli import main; main()"
+EDGECLOUD = [sys.executable, "-c", ENTRY]
 TIE = 1e-4  # exactness is promised where the target's first choice leads its second by more
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE_S = 60.0  # how long a condition may take that takes a moment on an idle machine

@@ -264,7 +264,7 @@ def test_cloud_decoding_equals_plain_decoding(
     verifier = EngineVerifier(engine_of(target, page_size, rows), broken)
     assert expected.agrees_with(ids_of(verifier.decode(prompt, max_new_tokens, sampling, stop_token_ids)))
     # a second turn on the same session, cropped somewhere and then continued by other tokens
-    turn = [*prompt, *expected.token_ids[: max_new_tokens // 2], 7]
+    turn = [*prompt, *expected.token_ids[: max_new_tokens // 2], 7, 8, 9]
     again = target.plain.decode(turn, 5, sampling)
     assert again.agrees_with(ids_of(verifier.decode(turn, 5, sampling, ())))
 
