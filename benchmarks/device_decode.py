@@ -2,7 +2,7 @@
 
 The same file, prompt, window and number of threads, pinned to one core; in every repetition each loop decodes the same
 tokens, in changing order. Prefill is not counted. Reported: the median over repetitions of the ratio of tokens/s.
-    python benchmarks/device_decode.py --repetitions 15
+    python benchmarks/device_decode.py --repetitions 40
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from edgecloud.sampling import SamplingSettings
 
 def main() -> None:
     parser = harness.arguments(__doc__, __file__)
-    parser.add_argument("--repetitions", type=int, default=15)
-    parser.add_argument("--num-tokens", type=int, default=64)
+    parser.add_argument("--repetitions", type=int, default=40)
+    parser.add_argument("--num-tokens", type=int, default=32)
     options = parser.parse_args()
     path = harness.find_bundle(options.bundle)
     bundle = Bundle.open(path)

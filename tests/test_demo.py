@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from pairs import Pair, until
+from pairs import ENTRY, Pair, until
 from rich.console import Console
 
 from edgecloud import demo
@@ -25,7 +25,7 @@ from edgecloud.types import Metrics, Mode, Reply, Usage
 
 pytest_plugins = ["pairs"]
 
-COMMAND = [sys.executable, "-P", "-c", "from edgecloud.cli import main; main()", "demo", "--max-new-tokens", "6"]
+COMMAND = [sys.executable, "-P", "-c", ENTRY, "demo", "--max-new-tokens", "6"]
 TPOT_MS = {"edge": 10.0, "cloud": 50.0, "speculative": 40.0}
 
 

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairs import cached_model
 from tiny import CHAT_TEMPLATE, make_tiny_llama
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from edgecloud.edge.tokenizer import ChatTokenizer
@@ -82,6 +84,18 @@ def test_ids_are_decoded_as_by_transformers(both: tuple[ChatTokenizer, Any], dat
 def test_the_size_counts_the_added_tokens(both: tuple[ChatTokenizer, Any]) -> None:
     ours, theirs = both
     assert ours.vocab_size == len(theirs)
+
+
+def test_a_beginning_of_text_is_added_to_raw_text_and_not_to_a_rendered_chat(tiny: Path, tmp_path: Path) -> None:
+    backend = Tokenizer.from_file(str(tiny / "tokenizer.json"))
+    backend.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = ChatTokenizer(tmp_path / "tokenizer.json", tiny / "chat_template.jinja", {})
+    bare = tokenizer.encode_rendered("hi")
+    assert len(bare) == 2
+    assert tokenizer.encode("hi") == [1, *bare]
+    assert tokenizer.encode_chat(CONVERSATIONS[0]) == tokenizer.encode_rendered(tokenizer.render(CONVERSATIONS[0]))
+    assert ChatTokenizer(tmp_path / "tokenizer.json", None, {}).encode_chat([{"role": "user", "content": "hi"}]) == [1, *bare]
 
 
 # Templates
