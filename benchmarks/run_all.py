@@ -18,7 +18,7 @@ SCRIPTS = {  # with what --quick adds
     "round_overhead": ["--rounds", "30"],
     "device_rss": [],
     "device_decode": ["--repetitions", "2"],
-    "cloud_decode": ["--repetitions", "2"],
+    "cloud_decode": ["--starts", "1", "--repetitions", "2"],
     "cloud_passes": ["--per-category", "1", "--max-minutes", "1"],
 }
 
