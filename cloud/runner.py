@@ -69,6 +69,11 @@ class EngineThread:
         finally:
             cancelled.set()
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine's thread runs."""
+        return self._thread.is_alive()
+
     def release(self, session_id: bytes) -> None:
         """Forget a session."""
         self._engine.release(session_id)

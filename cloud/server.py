@@ -8,7 +8,7 @@ import signal
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -29,6 +29,7 @@ from edgecloud.rpc import codec
 from edgecloud.rpc import edgecloud_pb2_grpc as pb_grpc
 
 STOP_GRACE_S = 2.0
+ENGINE_CHECK_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +120,11 @@ def serve(model: Path, config: ServerConfig, on_serving: Callable[[Serving], Non
     limits = Limits(engine.max_context_tokens, config.max_draft_tokens, config.max_message_bytes, config.max_sessions)
     with EngineThread(engine) as runner:
         service = VerificationService(runner, identity, limits)
-        asyncio.run(_serve(service, config, credentials, identity, limits, on_serving))
+        asyncio.run(_serve(runner, service, config, credentials, identity, limits, on_serving))
 
 
 async def _serve(
+    runner: EngineThread,
     service: VerificationService,
     config: ServerConfig,
     credentials: grpc.ServerCredentials | None,
@@ -145,7 +147,11 @@ async def _serve(
                 tls=credentials is not None,
             )
         )
-        await stopping.wait()
+        while not stopping.is_set():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(stopping.wait(), ENGINE_CHECK_S)
+            if not runner.is_alive:  # a service without an engine must not look healthy
+                raise ServerError("the engine has died, its traceback is above; start the service again and report it")
 
 
 @asynccontextmanager

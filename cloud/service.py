@@ -12,7 +12,7 @@ from grpc.aio import ServicerContext
 
 from edgecloud.cloud.runner import AsyncEngine
 from edgecloud.cloud.work import Answer, Extend, Extended, Failed, Overloaded, Refused
-from edgecloud.errors import ConfigError
+from edgecloud.errors import ConfigError, ModelMismatchError
 from edgecloud.rpc import codec
 from edgecloud.rpc import edgecloud_pb2 as pb
 from edgecloud.rpc import edgecloud_pb2_grpc as pb_grpc
@@ -47,6 +47,7 @@ class VerificationService(pb_grpc.VerificationServicer):
         self._engine = engine
         self._identity = identity
         self._limits = limits
+        self._pair_hash = codec.pair_hash(identity.model_fingerprint, identity.tokenizer_fingerprint)
 
     async def Describe(  # noqa: N802  # gRPC's names
         self, request: pb.DescribeRequest, context: ServicerContext[pb.DescribeRequest, pb.DescribeReply]
@@ -84,10 +85,7 @@ class VerificationService(pb_grpc.VerificationServicer):
         self, request: pb.VerifyRequest, context: ServicerContext[pb.VerifyRequest, pb.VerifyReply]
     ) -> pb.VerifyReply:
         """One draft, one verdict."""
-        try:
-            extend = self._extend(request)
-        except ConfigError as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        extend = await self._accept(request, context)
         async with aclosing(self._engine.extend(extend)) as answers:  # type: ignore[type-var]  # an async generator
             async for answer in answers:
                 if not isinstance(answer, Extended):
@@ -107,10 +105,7 @@ class VerificationService(pb_grpc.VerificationServicer):
         self, request: pb.DecodeRequest, context: ServicerContext[pb.DecodeRequest, pb.DecodeReply]
     ) -> AsyncIterator[pb.DecodeReply]:
         """The target's own tokens, one a message."""
-        try:
-            extend = self._extend(request)
-        except ConfigError as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        extend = await self._accept(request, context)
         async with aclosing(self._engine.extend(extend)) as answers:  # type: ignore[type-var]
             async for answer in answers:
                 if not isinstance(answer, Extended):
@@ -134,9 +129,27 @@ class VerificationService(pb_grpc.VerificationServicer):
         self._engine.release(request.session_id)
         return pb.ReleaseReply()
 
+    async def _accept(self, request: pb.VerifyRequest | pb.DecodeRequest, context: ServicerContext[Any, Any]) -> Extend:
+        """The checked request; one that is refused ends the call."""
+        try:
+            return self._extend(request)
+        except ConfigError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except ModelMismatchError as error:
+            detail = pb.ErrorDetail(model_fingerprint=self._identity.model_fingerprint)
+            await _abort_with(context, grpc.StatusCode.FAILED_PRECONDITION, str(error), detail)
+        raise AssertionError("abort returned")
+
     def _extend(self, request: pb.VerifyRequest | pb.DecodeRequest) -> Extend:
-        """Check a request against limits and vocabulary. Raises ConfigError that names the value."""
+        """Check a request against limits and vocabulary.
+
+        Raises:
+            ConfigError: names the value.
+            ModelMismatchError: it was meant for another target.
+        """
         codec.refuse_unknown_fields(request)
+        if request.pair_hash not in (0, self._pair_hash):
+            raise ModelMismatchError(f"this service runs {self._identity.model_name}, not the target that the request means")
         _check_session_id(request.session_id)
         context_ids = tuple(request.context_ids)
         draft_ids = tuple(request.draft_ids) if isinstance(request, pb.VerifyRequest) else ()
@@ -193,5 +206,9 @@ async def _abort(context: ServicerContext[Any, Any], answer: Answer) -> NoReturn
             code, message = grpc.StatusCode.INTERNAL, f"the pass failed: {reason}"
         case _:
             raise AssertionError(answer)
+    await _abort_with(context, code, message, detail)
+
+
+async def _abort_with(context: ServicerContext[Any, Any], code: grpc.StatusCode, message: str, detail: pb.ErrorDetail) -> NoReturn:
     await context.abort(code, message, ((codec.ERROR_DETAIL_KEY, detail.SerializeToString()),))
     raise AssertionError("abort returned")

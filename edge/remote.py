@@ -24,6 +24,7 @@ from edgecloud.errors import (
     CloudUnavailableError,
     ConfigError,
     ContextMissingError,
+    ModelMismatchError,
     ProtocolError,
 )
 from edgecloud.rpc import codec
@@ -48,16 +49,19 @@ class TLS:
 class Cloud:
     """A connection to one verification service. Opens nothing until the first call.
 
+    `pair_hash` (codec.pair_hash) says whom every request means; 0: whatever is served.
+
     Raises:
         ConfigError: the address is not HOST:PORT, or a certificate cannot be read.
     """
 
-    def __init__(self, address: str, tls: TLS | None, timeout: Timeout) -> None:
+    def __init__(self, address: str, tls: TLS | None, timeout: Timeout, pair_hash: int = 0) -> None:
         host, _, port = address.rpartition(":")
         if not host or not port.isdigit() or not 0 < int(port) < 65536:
             raise ConfigError(f"cloud is {address!r}; it takes HOST:PORT")
         self.address = address
         self.timeout = timeout
+        self.pair_hash = pair_hash
         options = [
             ("grpc.initial_reconnect_backoff_ms", 200),
             ("grpc.min_reconnect_backoff_ms", 200),
@@ -191,7 +195,12 @@ class RemoteVerifier:
     def context(self, tokens: list[int]) -> dict[str, Any]:
         """Context fields of a request: only what the service may lack."""
         start = common_prefix(self._server_tokens, tokens)
-        return {"context_start": start, "context_ids": tokens[start:], "context_hash": codec.context_hash(tokens[:start])}
+        return {
+            "context_start": start,
+            "context_ids": tokens[start:],
+            "context_hash": codec.context_hash(tokens[:start]),
+            "pair_hash": self._cloud.pair_hash,
+        }
 
     def verify_request(self, tokens: list[int], draft_ids: list[int], sampling: pb.Sampling) -> pb.VerifyRequest:
         """A request as of what the service is known to have."""
@@ -285,6 +294,10 @@ def _map(error: grpc.RpcError, address: str) -> CloudError:
         if key == codec.ERROR_DETAIL_KEY:
             detail.ParseFromString(value)
     match code:
+        case grpc.StatusCode.FAILED_PRECONDITION if detail.model_fingerprint:
+            return ModelMismatchError(
+                f"{address} serves another target now, with fingerprint {detail.model_fingerprint}; serve this bundle's again"
+            )
         case grpc.StatusCode.FAILED_PRECONDITION:
             return ContextMissingError(words, detail.cached_length)
         case grpc.StatusCode.RESOURCE_EXHAUSTED if detail.retry_after_ms:

@@ -16,7 +16,6 @@ from edgecloud.edge.remote import TLS, Cloud, RemoteVerifier
 from edgecloud.edge.retry import Timeout
 from edgecloud.edge.speculative import speculate
 from edgecloud.errors import (
-    CloudError,
     CloudOverloadedError,
     CloudUnavailableError,
     ConfigError,
@@ -27,6 +26,7 @@ from edgecloud.errors import (
 from edgecloud.generation import Generation, GenerationStream
 from edgecloud.options import GenerationKeywords, GenerationOptions, Prompt, check_fits, check_messages, check_whole
 from edgecloud.protocols import Drafter
+from edgecloud.rpc.codec import pair_hash
 from edgecloud.session import Session
 from edgecloud.turn import Turn
 from edgecloud.types import Event, ModeChanged, Reply, Round, Service
@@ -229,6 +229,10 @@ class Client:
         remote.deadline_s = end_s
         try:
             yield from self._remote_rounds(tokens, remote, options, min(options.num_draft_tokens, service.max_draft_tokens))
+        except ModelMismatchError:  # another model was started at that address since the handshake
+            self._service = None
+            self.describe()  # names both fingerprints
+            raise
         except (CloudUnavailableError, CloudOverloadedError) as error:
             if options.mode != "auto":
                 raise
@@ -264,9 +268,7 @@ class Client:
             return False
         try:
             self.describe(wait=False)
-        except ModelMismatchError:
-            raise
-        except CloudError:
+        except (CloudUnavailableError, CloudOverloadedError):
             return False
         return True
 
@@ -282,7 +284,8 @@ class Client:
             if self._cloud_address is None:
                 raise ConfigError("this client has no cloud; give HOST:PORT")
             if self._cloud is None:
-                self._cloud = Cloud(self._cloud_address, self._tls, self._timeout)
+                meant = pair_hash(self.bundle.target.fingerprint, self.bundle.tokenizer.fingerprint)
+                self._cloud = Cloud(self._cloud_address, self._tls, self._timeout, meant)
             return self._cloud
 
     def _device(self) -> Drafter:

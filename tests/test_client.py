@@ -201,6 +201,27 @@ def test_the_window_of_the_service_counts_too(tiny_pair: Pair, tmp_path: Path) -
 # The handshake
 
 
+def test_another_target_started_at_the_same_address_is_refused(tiny_pair: Pair, tmp_path: Path) -> None:
+    stranger = make_tiny_llama(tmp_path / "stranger", seed=5)
+    with serving(tiny_pair.bundle) as server, Client(tiny_pair.bundle, server.address, num_threads=1) as client:
+        whole = client.generate(PROMPT, mode="speculative", max_new_tokens=100, repetition_penalty=1.2)
+        stream = client.stream(PROMPT, mode="speculative", max_new_tokens=100, repetition_penalty=1.2)
+        next(stream)
+        server.kill()
+        with closing(Server(stranger, port=server.port)):
+            for attempt in (stream.finish, lambda: client.generate(PROMPT, mode="cloud"), lambda: client.generate(PROMPT)):
+                with pytest.raises(ModelMismatchError) as caught:
+                    attempt()
+                assert model_fingerprint(stranger) in str(caught.value)
+                assert client.bundle.target.fingerprint in str(caught.value)
+                reply = caught.value.reply  # what was final stays final, and nothing of the stranger's is in it
+                assert reply is not None
+                assert reply.token_ids == whole.token_ids[: len(reply.token_ids)]
+        server.restart()
+        again = client.generate(PROMPT, mode="speculative", max_new_tokens=100, repetition_penalty=1.2)
+        assert again.token_ids == whole.token_ids
+
+
 def test_another_target_is_refused_with_both_fingerprints(tiny_pair: Pair, tmp_path: Path) -> None:
     other = make_tiny_llama(tmp_path / "other", seed=7)
     with serving(other) as server, Client(tiny_pair.bundle, server.address) as client:

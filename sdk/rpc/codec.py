@@ -34,6 +34,12 @@ def context_hash(tokens: Sequence[int]) -> int:
     return int.from_bytes(digest, "little")
 
 
+def pair_hash(model_fingerprint: str, tokenizer_fingerprint: str) -> int:
+    """64 bits that stand for a target and its tokenizer: every request says whom it means, so that a restart cannot change it."""
+    digest = hashlib.blake2b(f"{model_fingerprint} {tokenizer_fingerprint}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
 def sampling_to_wire(sampling: SamplingSettings) -> pb.Sampling:
     """Settings that are off stay off the wire."""
     return pb.Sampling(

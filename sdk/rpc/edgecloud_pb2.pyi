@@ -71,20 +71,22 @@ class Sampling(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class VerifyRequest(_message.Message):
-    __slots__ = ("session_id", "context_start", "context_ids", "draft_ids", "sampling", "context_hash")
+    __slots__ = ("session_id", "context_start", "context_ids", "draft_ids", "sampling", "context_hash", "pair_hash")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_START_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_IDS_FIELD_NUMBER: _ClassVar[int]
     DRAFT_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_HASH_FIELD_NUMBER: _ClassVar[int]
+    PAIR_HASH_FIELD_NUMBER: _ClassVar[int]
     session_id: bytes
     context_start: int
     context_ids: _containers.RepeatedScalarFieldContainer[int]
     draft_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: Sampling
     context_hash: int
-    def __init__(self, session_id: _Optional[bytes] = ..., context_start: _Optional[int] = ..., context_ids: _Optional[_Iterable[int]] = ..., draft_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., context_hash: _Optional[int] = ...) -> None: ...
+    pair_hash: int
+    def __init__(self, session_id: _Optional[bytes] = ..., context_start: _Optional[int] = ..., context_ids: _Optional[_Iterable[int]] = ..., draft_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., context_hash: _Optional[int] = ..., pair_hash: _Optional[int] = ...) -> None: ...
 
 class VerifyReply(_message.Message):
     __slots__ = ("num_accepted", "next_token_id", "cached_length", "queue_ms", "compute_ms", "target_passes", "num_waiting")
@@ -105,7 +107,7 @@ class VerifyReply(_message.Message):
     def __init__(self, num_accepted: _Optional[int] = ..., next_token_id: _Optional[int] = ..., cached_length: _Optional[int] = ..., queue_ms: _Optional[float] = ..., compute_ms: _Optional[float] = ..., target_passes: _Optional[float] = ..., num_waiting: _Optional[int] = ...) -> None: ...
 
 class DecodeRequest(_message.Message):
-    __slots__ = ("session_id", "context_start", "context_ids", "sampling", "context_hash", "max_new_tokens", "stop_token_ids")
+    __slots__ = ("session_id", "context_start", "context_ids", "sampling", "context_hash", "max_new_tokens", "stop_token_ids", "pair_hash")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_START_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -113,6 +115,7 @@ class DecodeRequest(_message.Message):
     CONTEXT_HASH_FIELD_NUMBER: _ClassVar[int]
     MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    PAIR_HASH_FIELD_NUMBER: _ClassVar[int]
     session_id: bytes
     context_start: int
     context_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -120,7 +123,8 @@ class DecodeRequest(_message.Message):
     context_hash: int
     max_new_tokens: int
     stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, session_id: _Optional[bytes] = ..., context_start: _Optional[int] = ..., context_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., context_hash: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    pair_hash: int
+    def __init__(self, session_id: _Optional[bytes] = ..., context_start: _Optional[int] = ..., context_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., context_hash: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., pair_hash: _Optional[int] = ...) -> None: ...
 
 class DecodeReply(_message.Message):
     __slots__ = ("token_ids", "queue_ms", "compute_ms", "target_passes")
@@ -145,9 +149,11 @@ class ReleaseReply(_message.Message):
     def __init__(self) -> None: ...
 
 class ErrorDetail(_message.Message):
-    __slots__ = ("cached_length", "retry_after_ms")
+    __slots__ = ("cached_length", "retry_after_ms", "model_fingerprint")
     CACHED_LENGTH_FIELD_NUMBER: _ClassVar[int]
     RETRY_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     cached_length: int
     retry_after_ms: int
-    def __init__(self, cached_length: _Optional[int] = ..., retry_after_ms: _Optional[int] = ...) -> None: ...
+    model_fingerprint: str
+    def __init__(self, cached_length: _Optional[int] = ..., retry_after_ms: _Optional[int] = ..., model_fingerprint: _Optional[str] = ...) -> None: ...
