@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812  # torch's own habit
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -38,6 +41,7 @@ class TargetModel:
         self.vocab_size: int = config.vocab_size
         self.max_context_tokens = _window(config)
         self.num_parameters: int = self._model.num_parameters()
+        _call_directly(self._model)
         try:
             self.bytes_per_token = self._probe()
         except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:  # it would not even run
@@ -156,6 +160,34 @@ def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedM
     model = model.eval().to(device)
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def _call_directly(model: PreTrainedModel) -> None:
+    """Put the plain torch function in the place of every projection and norm: the same bits without the module around it.
+
+    A pass over one row calls 270 of them in a model of 30 layers, each through four Python frames: 3.5 % of the pass on a CPU.
+    Norms that torch's own does not match bit by bit (one that adds 1 to its weight, or rounds elsewhere) stay as they are.
+    """
+    for name, module in list(model.named_modules()):
+        function: partial[Tensor] | None = None
+        if type(module) is nn.Linear:
+            function = partial(F.linear, weight=module.weight, bias=module.bias)
+        elif hasattr(module, "variance_epsilon") and isinstance(weight := getattr(module, "weight", None), nn.Parameter):
+            function = partial(torch.rms_norm, normalized_shape=weight.shape, weight=weight, eps=module.variance_epsilon)
+            if not _same_bits(module, function, weight):
+                continue
+        if function is not None and name:
+            parent_name, _, attribute = name.rpartition(".")
+            parent: Any = model.get_submodule(parent_name)
+            function.__dict__.update(module._parameters)  # some architectures read a projection's weight.dtype
+            delattr(parent, attribute)
+            object.__setattr__(parent, attribute, function)
+
+
+def _same_bits(norm: nn.Module, function: partial[Tensor], weight: Tensor) -> bool:
+    rows = 3 * torch.linspace(-3, 5, 8 * weight.numel(), device=weight.device).cos().view(8, -1).to(weight.dtype)
+    with torch.inference_mode():
+        return torch.equal(norm(rows), function(rows))
 
 
 def _single(ids: list[int], start: int, stop: int, table: PageTable, pool: KVPool, device: torch.device) -> PagedBatch:

@@ -1,55 +1,51 @@
 """Coupled choice in NumPy, as the device runs it. See choice.py for the definition.
 
-Filters keep few tokens, so the noise is drawn for those alone, and nothing of the size of the vocabulary is sorted.
+Nothing of the size of the vocabulary is sorted, and logarithms are taken only of noise that can decide: filters keep few
+tokens, and without filters the bits tell beforehand which entries stay too small to win.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
-from edgecloud.kernels.choice import gumbel, philox4x32
+from edgecloud.kernels.choice import PHILOX_M, round_keys
 from edgecloud.sampling import SamplingSettings
 
-NUCLEUS_GUESS = 512  # tokens that nearly always hold top_p; when they do not, all are sorted
+NEAR = 3.0  # entries this close to the highest are scored first; the best of them sets the bar for the others
+LIKELY_SHARE = 1e-4  # tokens of at least this probability nearly always reach top_p
+SCORE_SLACK = 1e-6  # the bar is lowered by this, far more than the logarithms round
+
+MULTIPLIERS = np.array(PHILOX_M, np.uint64)[:, None]
+LOW_WORD, WORD_BITS = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
-
-
-def gumbel_at(seed: int, position: int, ids: Ids) -> Floats:
-    """G(seed, position, v) for each v of `ids`.  [n] -> [n]"""
-    blocks, lanes = np.unique(ids // 4, return_inverse=True)
-    counter = np.zeros((len(blocks), 4), np.uint32)
-    counter[:, 0] = blocks
-    counter[:, 1] = np.uint32(position)
-    bits = philox4x32(counter, seed)[lanes, ids % 4]
-    noise: Floats = -np.log(-np.log1p((bits.astype(np.float64) + 0.5) * -(2.0**-32)))
-    return noise
+Bits = npt.NDArray[np.uint64]
 
 
 def choose(logits: npt.NDArray[np.floating], tokens: Sequence[int], sampling: SamplingSettings) -> int:
     """The token that follows `tokens`, given the model's logits after the last of them. logits: [vocab]."""
-    if sampling.repetition_penalty == 1.0:
-        if sampling.greedy:
-            return int(logits.argmax())
-        z = logits.astype(np.float64)
-    else:
-        z = _penalize(logits.astype(np.float64), tokens, sampling.repetition_penalty)
-        if sampling.greedy:
-            return int(z.argmax())
-    z /= sampling.temperature
+    if sampling.repetition_penalty != 1.0:
+        logits = _penalize(logits.astype(np.float64), tokens, sampling.repetition_penalty)
+    if sampling.greedy:
+        return int(logits.argmax())
     ids: Ids | None = None
-    if 0 < sampling.top_k < len(z):
-        ids = np.flatnonzero(z >= np.partition(z, -sampling.top_k)[-sampling.top_k])
+    if 0 < sampling.top_k < len(logits):
+        ids = np.flatnonzero(logits >= np.partition(logits, -sampling.top_k)[-sampling.top_k])
     if sampling.top_p < 1.0:
-        kept = _nucleus(z if ids is None else z[ids], sampling.top_p)
+        kept = _nucleus(logits if ids is None else logits[ids], sampling.temperature, sampling.top_p)
         ids = kept if ids is None else ids[kept]
     if ids is None:
-        return int((z + gumbel(sampling.seed, len(tokens), len(z))).argmax())
-    return int(ids[(z[ids] + gumbel_at(sampling.seed, len(tokens), ids)).argmax()])
+        return _highest_noisy(logits, len(tokens), sampling)
+    if len(ids) == 1:
+        return int(ids[0])
+    z = _scaled(logits[ids], sampling.temperature)
+    return int(ids[(z + _gumbel_at(ids, len(tokens), sampling.seed)).argmax()])
 
 
 def _penalize(z: Floats, tokens: Sequence[int], penalty: float) -> Floats:
@@ -59,19 +55,67 @@ def _penalize(z: Floats, tokens: Sequence[int], penalty: float) -> Floats:
     return z
 
 
-def _nucleus(z: Floats, top_p: float) -> Ids:
+def _scaled(logits: npt.NDArray[np.floating], temperature: float) -> Floats:
+    """The definition's z, for the few entries that need it to the last bit."""
+    z: Floats = logits.astype(np.float64) / temperature
+    return z
+
+
+def _nucleus(logits: npt.NDArray[np.floating], temperature: float, top_p: float) -> Ids:
     """Indices of the smallest set of the largest entries that reaches `top_p`; of equal entries the first are kept."""
-    highest = z.max()
-    total = np.exp(z - highest).sum()
-    for size in (NUCLEUS_GUESS, len(z)):
-        largest = z if size >= len(z) else np.partition(z, len(z) - size)[-size:]
-        largest = np.sort(largest)[::-1]
-        p = np.exp(largest - highest) / total
-        num_kept = int(((np.cumsum(p) - p) < top_p).sum())
-        if num_kept < len(largest) or len(largest) == len(z):
+    weights = np.subtract(logits, logits.max(), dtype=np.float64)
+    weights *= 1 / temperature
+    np.exp(weights, out=weights)
+    total = weights.sum()
+    # The second bound always holds enough: together, the entries below it weigh less than half of what top_p leaves out.
+    for smallest in (LIKELY_SHARE * total, 0.5 * (1 - top_p) * total / len(weights)):
+        candidates = np.flatnonzero(weights >= smallest)
+        if weights[candidates].sum() > (top_p + 1e-9) * total:
             break
-    lowest = largest[num_kept - 1]
-    kept = z > lowest
-    ties = np.flatnonzero(z == lowest)[: num_kept - int(kept.sum())]
-    kept[ties] = True
-    return np.flatnonzero(kept)
+    order = np.argsort(-logits[candidates], kind="stable")
+    p = weights[candidates[order]] / total
+    return np.sort(candidates[order[(np.cumsum(p) - p) < top_p]])
+
+
+def _highest_noisy(logits: npt.NDArray[np.floating], position: int, sampling: SamplingSettings) -> int:
+    """argmax_v( z_v + G(seed, position, v) ), taking the logarithms only of noise high enough to win."""
+    blocks = np.arange((len(logits) + 3) // 4, dtype=np.uint64)
+    bits = _philox(blocks, position, sampling.seed).reshape(-1)[: len(logits)]
+    near_logit = float(logits.max()) - NEAR * sampling.temperature
+    near = np.flatnonzero(logits >= near_logit)
+    bar = (_scaled(logits[near], sampling.temperature) + _to_gumbel(bits[near])).max()
+    # Another entry wins only with noise above g. Noise falls as its bits rise.
+    g = bar - near_logit / sampling.temperature - SCORE_SLACK
+    most = np.uint64(-math.expm1(-math.exp(min(-g, 30.0))) * 2.0**32 + 1)
+    ids = np.union1d(near, np.flatnonzero(bits <= most))
+    return int(ids[(_scaled(logits[ids], sampling.temperature) + _to_gumbel(bits[ids])).argmax()])
+
+
+def _gumbel_at(ids: Ids, position: int, seed: int) -> Floats:
+    """G(seed, position, v) for each v of `ids`.  [n] -> [n]"""
+    blocks, where = np.unique(ids // 4, return_inverse=True)
+    return _to_gumbel(_philox(blocks.astype(np.uint64), position, seed)[where, ids % 4])
+
+
+def _to_gumbel(bits: Bits) -> Floats:
+    noise: Floats = -np.log(-np.log1p((bits.astype(np.float64) + 0.5) * -(2.0**-32)))
+    return noise
+
+
+def _philox(blocks: Bits, position: int, seed: int) -> Bits:
+    """Ten rounds of Philox4x32 on counters (block, position, 0, 0), both halves at once.  [n] -> [n, 4], below 2**32"""
+    even, odd = np.zeros((2, 2, len(blocks)), np.uint64)  # words 0 and 2, words 1 and 3
+    even[0], odd[0] = blocks, position
+    for keys in _round_keys(seed):
+        product = even * MULTIPLIERS
+        odd ^= keys
+        even = (product >> WORD_BITS)[::-1] ^ odd
+        product &= LOW_WORD
+        odd = product[::-1]
+    return np.stack([even[0], odd[0], even[1], odd[1]], axis=1)
+
+
+@lru_cache(maxsize=64)
+def _round_keys(seed: int) -> Bits:
+    """-> [rounds, 2, 1]"""
+    return np.array(round_keys(seed), np.uint64)[:, :, None]

@@ -247,6 +247,15 @@ def test_a_wide_nucleus_is_not_cut_short(top_k: int, top_p: float) -> None:
     assert set.union(*drawn) & beyond
 
 
+def test_a_nucleus_that_is_mostly_a_long_tail_is_kept_whole() -> None:
+    """One token of probability 0.6, and 30,000 that share the rest: none of those is likely, most are in the set."""
+    logits = np.concatenate([[np.log(0.6 / 0.4 * 30_000)], random_logits(30_000) / 1000]).astype(np.float32)
+    sampling = SamplingSettings(temperature=1.0, top_p=0.9)
+    drawn = [choices(logits, [0] * n, sampling) for n in range(30)]
+    assert all(len(agreed) == 1 for agreed in drawn)
+    assert len(set.union(*drawn)) > 5
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_torch_chooses_the_same_from_any_dtype_that_holds_the_logits(dtype: torch.dtype) -> None:
     logits = torch.from_numpy(random_logits(500)).to(dtype)
