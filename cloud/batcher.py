@@ -16,19 +16,20 @@ from edgecloud.kernels.attention import Segment
 SHORT_ROWS = 64  # a request of at most this many rows goes before longer ones
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Job:
     """An Extend under way."""
 
+    number: int
     request: Extend
-    answer: Callable[[Answer], None]  # called on the engine's thread
-    is_cancelled: Callable[[], bool]
+    answer: Callable[[Answer], None]
     arrived_s: float
     session: Session | None = None  # set on admission
     draft_ids: tuple[int, ...] = ()
     context_length: int = 0
     choices: list[int] = field(default_factory=list)  # after the context, after every draft token
     num_emitted: int = 0  # tokens of a decode
+    cancelled: bool = False
     compute_ms: float = 0.0
     target_passes: float = 0.0
 

@@ -1,4 +1,4 @@
-"""A server's life: load the target, open the port, serve until told to stop."""
+"""A server's life: start the engine, open the port, serve until told to stop."""
 
 from __future__ import annotations
 
@@ -8,28 +8,25 @@ import signal
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import grpc
-import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from edgecloud.bundle import Bundle, is_bundle
-from edgecloud.cloud.engine import Engine
-from edgecloud.cloud.model import TargetModel
-from edgecloud.cloud.runner import EngineThread
+from edgecloud.cloud.messages import EngineConfig
 from edgecloud.cloud.service import Identity, Limits, VerificationService
+from edgecloud.cloud.supervisor import Supervisor
 from edgecloud.errors import BundleError, ConfigError, ModelError, ServerError
 from edgecloud.fingerprint import model_fingerprint, tokenizer_fingerprint
 from edgecloud.rpc import codec
 from edgecloud.rpc import edgecloud_pb2_grpc as pb_grpc
 
 STOP_GRACE_S = 2.0
-ENGINE_CHECK_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,67 +95,82 @@ def serve(model: Path, config: ServerConfig, on_serving: Callable[[Serving], Non
     fingerprint = model_fingerprint(folder)
     if expected is not None and fingerprint != expected:
         raise ModelError(f"{folder} has fingerprint {fingerprint}, its bundle says {expected}; make the bundle again")
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)
-    target = TargetModel(folder, config.dtype, config.device)
-    engine = Engine(
-        target,
+    asyncio.run(_serve(folder, name, fingerprint, config, credentials, on_serving))
+
+
+async def _serve(
+    folder: Path,
+    name: str,
+    fingerprint: str,
+    config: ServerConfig,
+    credentials: grpc.ServerCredentials | None,
+    on_serving: Callable[[Serving], None],
+) -> None:
+    async with Supervisor(_engine_config(folder, config)) as engine:
+        assert engine.ready is not None
+        ready = engine.ready
+        identity = Identity(
+            server_version=metadata.version("edgecloud"),
+            model_name=name,
+            model_fingerprint=fingerprint,
+            tokenizer_fingerprint=tokenizer_fingerprint(folder / "tokenizer.json"),
+            vocab_size=ready.vocab_size,
+            dtype=ready.dtype,
+        )
+        limits = Limits(ready.max_context_tokens, config.max_draft_tokens, config.max_message_bytes, config.max_sessions)
+        service = VerificationService(engine, identity, limits)
+        async with listening(service, config.host, config.port, limits.max_message_bytes, credentials) as listener:
+            engine.on_change = listener.set_serving
+            stopping = asyncio.Event()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+            on_serving(
+                Serving(
+                    address=listener.address,
+                    model_name=name,
+                    model_fingerprint=fingerprint,
+                    dtype=ready.dtype,
+                    device=config.device,
+                    max_context_tokens=limits.max_context_tokens,
+                    tls=credentials is not None,
+                )
+            )
+            await stopping.wait()
+
+
+def _engine_config(folder: Path, config: ServerConfig) -> EngineConfig:
+    return EngineConfig(
+        folder=folder.resolve(),
+        dtype=config.dtype,
+        device=config.device,
+        num_threads=config.num_threads,
         cache_bytes=config.cache_bytes,
         page_size=config.page_size,
         max_rows=config.max_pass_tokens,
         max_sessions=config.max_sessions,
         idle_s=config.idle_s,
     )
-    identity = Identity(
-        server_version=metadata.version("edgecloud"),
-        model_name=name,
-        model_fingerprint=fingerprint,
-        tokenizer_fingerprint=tokenizer_fingerprint(folder / "tokenizer.json"),
-        vocab_size=target.vocab_size,
-        dtype=str(target.dtype).removeprefix("torch."),
-    )
-    limits = Limits(engine.max_context_tokens, config.max_draft_tokens, config.max_message_bytes, config.max_sessions)
-    with EngineThread(engine) as runner:
-        service = VerificationService(runner, identity, limits)
-        asyncio.run(_serve(runner, service, config, credentials, identity, limits, on_serving))
 
 
-async def _serve(
-    runner: EngineThread,
-    service: VerificationService,
-    config: ServerConfig,
-    credentials: grpc.ServerCredentials | None,
-    identity: Identity,
-    limits: Limits,
-    on_serving: Callable[[Serving], None],
-) -> None:
-    async with listening(service, config.host, config.port, limits.max_message_bytes, credentials) as address:
-        stopping = asyncio.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-        on_serving(
-            Serving(
-                address=address,
-                model_name=identity.model_name,
-                model_fingerprint=identity.model_fingerprint,
-                dtype=identity.dtype,
-                device=config.device,
-                max_context_tokens=limits.max_context_tokens,
-                tls=credentials is not None,
-            )
-        )
-        while not stopping.is_set():
-            with suppress(TimeoutError):
-                await asyncio.wait_for(stopping.wait(), ENGINE_CHECK_S)
-            if not runner.is_alive:  # a service without an engine must not look healthy
-                raise ServerError("the engine has died, its traceback is above; start the service again and report it")
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """An open port."""
+
+    address: str  # HOST:PORT
+    health: health.aio.HealthServicer
+
+    async def set_serving(self, serving: bool) -> None:
+        """What health checks are told."""
+        states = health_pb2.HealthCheckResponse
+        for name in ("", codec.SERVICE_NAME):
+            await self.health.set(name, states.SERVING if serving else states.NOT_SERVING)
 
 
 @asynccontextmanager
 async def listening(
     service: VerificationService, host: str, port: int, max_message_bytes: int, credentials: grpc.ServerCredentials | None = None
-) -> AsyncIterator[str]:
-    """Serve, with health checks and reflection, while the context lasts; gives HOST:PORT. Raises ServerError: cannot listen."""
+) -> AsyncIterator[Listener]:
+    """Serve, with health checks and reflection, while the context lasts. Raises ServerError: cannot listen."""
     server = grpc.aio.server(
         options=[
             ("grpc.so_reuseport", 0),
@@ -178,11 +190,11 @@ async def listening(
         port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     except RuntimeError as error:
         raise ServerError(f"cannot listen on {address} ({error}); choose another --port or --host") from error
-    for name in ("", codec.SERVICE_NAME):
-        await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
+    listener = Listener(f"{bracketed}:{port}", checks)
+    await listener.set_serving(True)
     await server.start()
     try:
-        yield f"{bracketed}:{port}"
+        yield listener
     finally:
         await checks.enter_graceful_shutdown()
         await server.stop(STOP_GRACE_S)

@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 import grpc
 from grpc.aio import ServicerContext
 
-from edgecloud.cloud.runner import AsyncEngine
-from edgecloud.cloud.work import Answer, Extend, Extended, Failed, Overloaded, Refused
+from edgecloud.cloud.engine_client import AsyncEngine
+from edgecloud.cloud.work import Answer, Extend, Extended, Failed, Gone, Overloaded, Refused
 from edgecloud.errors import ConfigError, ModelMismatchError
 from edgecloud.rpc import codec
 from edgecloud.rpc import edgecloud_pb2 as pb
@@ -204,7 +204,9 @@ async def _abort(context: ServicerContext[Any, Any], answer: Answer) -> NoReturn
             detail.retry_after_ms = retry_after_ms
         case Failed(reason):
             code, message = grpc.StatusCode.INTERNAL, f"the pass failed: {reason}"
-        case _:
+        case Gone(reason):
+            code, message = grpc.StatusCode.UNAVAILABLE, reason
+        case Extended():
             raise AssertionError(answer)
     await _abort_with(context, code, message, detail)
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
+import zmq
+import zmq.asyncio
 
 from edgecloud.cloud.engine import Engine
+from edgecloud.cloud.engine_client import EngineClient
+from edgecloud.cloud.engine_loop import EngineLoop
+from edgecloud.cloud.messages import Stop, encode
 from edgecloud.cloud.model import TargetModel
-from edgecloud.cloud.runner import EngineThread
 from edgecloud.cloud.server import listening
 from edgecloud.cloud.service import Identity, Limits, VerificationService
 from edgecloud.rpc import edgecloud_pb2_grpc as pb_grpc
@@ -25,6 +30,7 @@ class Loopback:
 
     address: str
     engine: Engine
+    client: EngineClient
 
     @contextmanager
     def stub(self) -> Iterator[pb_grpc.VerificationStub]:
@@ -35,6 +41,35 @@ class Loopback:
     def channel(self) -> grpc.Channel:
         """A connection that nobody else shares."""
         return grpc.insecure_channel(self.address, [("grpc.use_local_subchannel_pool", 1)])
+
+
+@asynccontextmanager
+async def engine_thread(engine: Engine) -> AsyncIterator[EngineClient]:
+    """Production's loop and messages, with a thread of this process in the place of a process: a test can look into it."""
+    context = zmq.asyncio.Context()
+    here = context.socket(zmq.PAIR)
+    there = zmq.Context.shadow(context.underlying).socket(zmq.PAIR)
+    endpoint = f"inproc://{id(engine)}"
+    here.bind(endpoint)
+    there.connect(endpoint)
+
+    def run() -> None:
+        with there:
+            EngineLoop(engine, there, os.getppid()).run()
+
+    thread = threading.Thread(target=run, name="engine", daemon=True)
+    thread.start()
+    client = EngineClient(here, engine.load)
+    receiving = asyncio.create_task(client.receive())
+    try:
+        yield client
+    finally:
+        here.send(encode(Stop()))
+        await asyncio.to_thread(thread.join)
+        receiving.cancel()
+        client.give_up("the engine was stopped")
+        here.close(linger=0)
+        context.term()
 
 
 @contextmanager
@@ -53,19 +88,19 @@ def loopback(
     loop = asyncio.new_event_loop()
     started = threading.Event()
     stopping = asyncio.Event()
-    addresses: list[str] = []
+    found: list[Loopback] = []
 
-    async def serve(runner: EngineThread) -> None:
-        service = VerificationService(runner, identity, limits)
-        async with listening(service, "127.0.0.1", 0, max_message_bytes, credentials) as address:
-            addresses.append(address)
-            started.set()
-            await stopping.wait()
+    async def serve() -> None:
+        async with engine_thread(engine) as runner:
+            service = VerificationService(runner, identity, limits)
+            async with listening(service, "127.0.0.1", 0, max_message_bytes, credentials) as listener:
+                found.append(Loopback(listener.address, engine, runner))
+                started.set()
+                await stopping.wait()
 
     def run() -> None:
         try:
-            with EngineThread(engine) as runner:
-                loop.run_until_complete(serve(runner))
+            loop.run_until_complete(serve())
         finally:
             started.set()
             loop.close()
@@ -73,9 +108,9 @@ def loopback(
     thread = threading.Thread(target=run, name="loopback")
     thread.start()
     started.wait()
-    assert addresses, "the server did not start"
+    assert found, "the server did not start"
     try:
-        yield Loopback(addresses[0], engine)
+        yield found[0]
     finally:
         loop.call_soon_threadsafe(stopping.set)
         thread.join()
