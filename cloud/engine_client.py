@@ -39,6 +39,7 @@ class EngineClient:
         self._numbers = itertools.count()
         self._waiting: dict[int, asyncio.Queue[Answer]] = {}
         self._gone: str | None = None
+        self.has_answered = False
 
     async def extend(self, request: Extend) -> AsyncIterator[Answer]:
         """Send the request and pass its answers on as they come."""
@@ -79,6 +80,7 @@ class EngineClient:
             message = decode_from_engine(await self._socket.recv())
             assert isinstance(message, Answers)
             self._load = message.load
+            self.has_answered |= bool(message.answers)
             for number, answer in message.answers:
                 if number in self._waiting:
                     self._waiting[number].put_nowait(answer)

@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 import tempfile
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, suppress
 from types import TracebackType
@@ -28,7 +27,6 @@ STOP_GRACE_S = 5.0
 LAST_WORDS_S = 0.5
 FIRST_BACKOFF_S = 0.1
 LONGEST_BACKOFF_S = 10.0
-LASTING_S = 60.0  # an engine that lived this long did not die of its start
 
 
 class Supervisor:
@@ -116,9 +114,8 @@ class Supervisor:
         """Serve with this process, and with another one after it, until cancelled."""
         backoff_s = FIRST_BACKOFF_S
         while True:
-            started_s = time.monotonic()
-            await self._serve(process, socket, ready)
-            backoff_s = FIRST_BACKOFF_S if time.monotonic() - started_s > LASTING_S else backoff_s
+            if await self._serve(process, socket, ready):
+                backoff_s = FIRST_BACKOFF_S
             while True:
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
@@ -129,8 +126,8 @@ class Supervisor:
                 else:
                     break
 
-    async def _serve(self, process: asyncio.subprocess.Process, socket: zmq.asyncio.Socket, ready: Ready) -> None:
-        """Pass messages on until the process ends."""
+    async def _serve(self, process: asyncio.subprocess.Process, socket: zmq.asyncio.Socket, ready: Ready) -> bool:
+        """Pass messages on until the process ends.  -> whether it was of any use before"""
         client = EngineClient(socket, ready.load)
         receiving = asyncio.create_task(client.receive())
         ended = asyncio.create_task(process.wait())
@@ -155,6 +152,7 @@ class Supervisor:
             await ended
             client.give_up("the engine has died and is started again")
             socket.close()
+        return client.has_answered
 
     def _close(self) -> None:
         self._context.destroy(linger=0)
