@@ -11,9 +11,10 @@ from collections import deque
 from collections.abc import Callable
 
 from edgecloud.cloud.attention import KVPool
-from edgecloud.cloud.batcher import Job, Share, pack, plan
+from edgecloud.cloud.batcher import Batcher, Job, Share, pack
 from edgecloud.cloud.model import TargetModel
 from edgecloud.cloud.pages import PagePool
+from edgecloud.cloud.pass_cost import PassCostFit
 from edgecloud.cloud.sessions import SessionStore
 from edgecloud.cloud.work import Answer, EngineLoad, Extend, Extended, Failed, Overloaded, Refused
 from edgecloud.errors import ConfigError
@@ -50,10 +51,11 @@ class Engine:
                 f"give it more"
             )
         self._model = model
-        self._max_rows = max_rows
         self._pool = PagePool(num_pages, page_size)
         self._kv = KVPool(num_pages * page_size)
         self._sessions = SessionStore(self._pool, max_sessions, idle_s)
+        self._fit = PassCostFit()
+        self._batcher = Batcher(self._sessions, max_rows, self._fit)
         self._jobs: list[Job] = []  # admitted: one a session
         self._deferred: dict[bytes, deque[Job]] = {}  # a session does one thing at a time, the rest waits here
         self._next_idle_check_s = 0.0
@@ -87,7 +89,7 @@ class Engine:
     def load(self) -> EngineLoad:
         """As it is between two passes."""
         waiting = sum(len(jobs) for jobs in self._deferred.values()) + sum(job.target_passes == 0 for job in self._jobs)
-        return EngineLoad(len(self._sessions), waiting, self._pool.num_free, self._pool.num_pages)
+        return EngineLoad(len(self._sessions), waiting, self._pool.num_free, self._pool.num_pages, self._fit.cost)
 
     def step(self) -> None:
         """One pass: plan, pack, forward, choose, advance."""
@@ -98,7 +100,7 @@ class Engine:
         for job in [job for job in self._jobs if job.cancelled]:
             self._sessions.expire_soon(job.open_session, now + CANCELLED_GRACE_S)
             self._finish(job)
-        shares, starved = plan(self._jobs, self._sessions, self._max_rows)
+        shares, starved = self._batcher.plan(self._jobs, now)
         if starved and not shares:  # nobody can go on: the youngest makes room
             self._finish(starved[-1], Overloaded("the key-value cache is full", RETRY_AFTER_MS))
         if not shares:
@@ -115,6 +117,7 @@ class Engine:
                 self._finish(share.job, Failed(f"{type(error).__name__}: {error}"))
             return
         compute_ms = (time.perf_counter() - started) * 1e3
+        self._fit.observe(sum(share.num_rows for share in shares), sum(share.stop for share in shares), compute_ms)
         at = 0
         for share in shares:
             share.job.choices += choices[at : at + share.num_choices]
@@ -192,6 +195,7 @@ class Engine:
         job.context_length = len(session.tokens)
         job.draft_ids = ()
         job.choices = []
+        job.is_prompt = False
         job.arrived_s, job.compute_ms, job.target_passes = now, 0.0, 0.0
 
 

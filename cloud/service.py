@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -78,6 +80,9 @@ class VerificationService(pb_grpc.VerificationServicer):
                 num_waiting=load.num_waiting,
                 num_free_pages=load.num_free_pages,
                 num_pages=load.num_pages,
+                pass_base_ms=load.cost.base_ms,
+                pass_per_token_ms=load.cost.per_token_ms,
+                pass_per_context_token_ms=load.cost.per_context_token_ms,
             ),
         )
 
@@ -132,7 +137,7 @@ class VerificationService(pb_grpc.VerificationServicer):
     async def _accept(self, request: pb.VerifyRequest | pb.DecodeRequest, context: ServicerContext[Any, Any]) -> Extend:
         """The checked request; one that is refused ends the call."""
         try:
-            return self._extend(request)
+            return self._extend(request, context)
         except ConfigError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except ModelMismatchError as error:
@@ -140,7 +145,7 @@ class VerificationService(pb_grpc.VerificationServicer):
             await _abort_with(context, grpc.StatusCode.FAILED_PRECONDITION, str(error), detail)
         raise AssertionError("abort returned")
 
-    def _extend(self, request: pb.VerifyRequest | pb.DecodeRequest) -> Extend:
+    def _extend(self, request: pb.VerifyRequest | pb.DecodeRequest, context: ServicerContext[Any, Any]) -> Extend:
         """Check a request against limits and vocabulary.
 
         Raises:
@@ -183,7 +188,14 @@ class VerificationService(pb_grpc.VerificationServicer):
             draft_ids=draft_ids,
             max_new_tokens=min(max_new_tokens, self._limits.max_context_tokens - length + 1),
             stop_token_ids=stop_ids,
+            deadline_s=_deadline_s(context),
         )
+
+
+def _deadline_s(context: ServicerContext[Any, Any]) -> float:
+    """When the client stops waiting, by time.monotonic()."""
+    remaining_s = context.time_remaining()
+    return math.inf if remaining_s is None else time.monotonic() + remaining_s
 
 
 def _check_session_id(session_id: bytes) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 
 from edgecloud.sampling import SamplingSettings
@@ -23,6 +25,8 @@ class Extend(msgspec.Struct, frozen=True, tag=True):
     draft_ids: tuple[int, ...] = ()
     max_new_tokens: int = 1
     stop_token_ids: frozenset[int] = frozenset()
+    tenant: str = ""  # who is charged: tenants get even shares of a crowded pass
+    deadline_s: float = math.inf  # of time.monotonic(), which all processes of a machine share
 
 
 class Extended(msgspec.Struct, frozen=True, tag=True):
@@ -65,6 +69,14 @@ class Gone(msgspec.Struct, frozen=True, tag=True):
 Answer = Extended | Refused | Overloaded | Failed | Gone
 
 
+class PassCost(msgspec.Struct, frozen=True):
+    """What a pass takes: base_ms + per_token_ms * new tokens + per_context_token_ms * tokens attended to. Zero: not known yet."""
+
+    base_ms: float = 0.0
+    per_token_ms: float = 0.0
+    per_context_token_ms: float = 0.0
+
+
 class EngineLoad(msgspec.Struct, frozen=True, tag=True):
     """How busy an engine is."""
 
@@ -72,3 +84,4 @@ class EngineLoad(msgspec.Struct, frozen=True, tag=True):
     num_waiting: int
     num_free_pages: int
     num_pages: int
+    cost: PassCost = PassCost()
