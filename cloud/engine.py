@@ -18,7 +18,8 @@ from edgecloud.cloud.pass_cost import PassCostFit
 from edgecloud.cloud.sessions import SessionStore
 from edgecloud.cloud.work import Answer, EngineLoad, Extend, Extended, Failed, Overloaded, Refused
 from edgecloud.errors import ConfigError
-from edgecloud.kernels.choice_torch import ChoiceRow, choose
+from edgecloud.kernels.backend import backend_for
+from edgecloud.kernels.choice_torch import ChoiceRow
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +110,8 @@ class Engine:
         try:
             batch = pack(shares, self._kv, self._model.device)
             logits = self._model.forward(batch)
-            choices = choose(logits, [row for share in shares for row in _choice_rows(share)])
+            rows = [row for share in shares for row in _choice_rows(share)]
+            choices = backend_for(logits.device.type).choose(logits, rows)
         except Exception as error:  # a broken pass must not take the other sessions down
             logger.exception("a pass over %d requests failed", len(shares))
             for share in shares:
