@@ -42,6 +42,13 @@ class KVPool:
         values.index_copy_(1, slots, value)
         return keys, values
 
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Copy `count` slots from `source` on to `target` on, in every layer: part of one page, when a shared one is left."""
+        with torch.inference_mode():  # as the layers were made
+            for layer in self._layers.values():
+                for pool in layer:
+                    pool[:, target : target + count] = pool[:, source : source + count]
+
     @property
     def bytes_per_slot(self) -> int:
         """Bytes that one token takes, over all layers that have written."""

@@ -91,6 +91,8 @@ class Batcher:
         starved: list[Job] = []
         self._welcome({job.request.tenant for job in jobs})
         for job in jobs:
+            if not job.open_session.table.num_pages:  # new, or evicted: others may have read the same
+                job.open_session.table.adopt(job.open_session.tokens[: job.context_length - 1])
             job.is_prompt |= job.num_rows > SHORT_ROWS
         self._share_out([job for job in jobs if not job.is_prompt], self._max_rows, now_s, shares, starved)
         self._share_out([job for job in jobs if job.is_prompt], self._rows_for_prompts(shares), now_s, shares, starved)

@@ -52,8 +52,8 @@ class Engine:
                 f"give it more"
             )
         self._model = model
-        self._pool = PagePool(num_pages, page_size)
         self._kv = KVPool(num_pages * page_size)
+        self._pool = PagePool(num_pages, page_size, self._kv.copy)
         self._sessions = SessionStore(self._pool, max_sessions, idle_s)
         self._fit = PassCostFit()
         self._batcher = Batcher(self._sessions, max_rows, self._fit)
@@ -126,8 +126,10 @@ class Engine:
             at += share.num_choices
             share.job.compute_ms += compute_ms
             share.job.target_passes += 1 / len(shares)
-            share.job.open_session.table.length = share.stop
+            session = share.job.open_session
+            session.table.length = share.stop
             self._advance(share.job)
+            session.table.publish(session.tokens)
 
     def _admit(self, job: Job) -> None:
         """Bring the session's tokens to what the request says, or answer at once."""
@@ -144,7 +146,7 @@ class Engine:
         if known is not None and not known.vouches_for(request.context_start, request.context_hash):
             job.answer(Refused(len(known.tokens) if request.context_start > len(known.tokens) else 0))
             return
-        session = self._sessions.open(request.session_id, time.monotonic())
+        session = self._sessions.open(request.session_id, time.monotonic(), request.tenant)
         if session is None:
             job.answer(Overloaded("every session is busy", RETRY_AFTER_MS))
             return

@@ -1,49 +1,117 @@
-"""Which page of the key-value pool belongs to whom. Bookkeeping only: the tensors are in kv_cache.py."""
+"""Which page of the key-value pool belongs to whom. Bookkeeping only: the tensors are attention.KVPool's.
+
+A full page can be published under a hash of all tokens up to its end: it holds a function of those alone. A session that begins with the same
+tokens takes it instead of computing it: pages are counted, and copied when somebody who shares one has to write into it. A
+published page that nobody holds any more stays until room is needed, the least recently used first.
+"""
 
 from __future__ import annotations
 
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
 import numpy as np
+
+EVICTED_AT_ONCE = 16  # pages; room made one page at a time would lie scattered
 
 
 class OutOfPagesError(Exception):
     """The pool has fewer free pages than asked for; the engine evicts or refuses."""
 
 
+def _no_copy(source: int, target: int, count: int) -> None:
+    raise AssertionError(f"{count} slots from {source} to {target}: a pool that shares pages must be able to copy them")
+
+
 class PagePool:
-    """Free list of equally sized pages.
+    """Equally sized pages: free, held by one session or several, or kept because they are published.
 
     A session gets the page after its last one where that is free, and a new session starts in the middle of the longest free
     stretch, so that a context stays one run of slots as long as there is room.
     """
 
-    def __init__(self, num_pages: int, page_size: int) -> None:
+    def __init__(self, num_pages: int, page_size: int, copy_slots: Callable[[int, int, int], None] = _no_copy) -> None:
         if num_pages < 1 or page_size < 1:
             raise ValueError(f"a pool of {num_pages} pages of {page_size} tokens holds nothing")
         self.num_pages = num_pages
         self.page_size = page_size
+        self.copy_slots = copy_slots  # (first slot of the source, first slot of the target, number)
         self._free = np.ones(num_pages, np.bool_)
-        self.num_free = num_pages
+        self._num_empty = num_pages
+        self._num_holders = np.zeros(num_pages, np.int64)
+        self._published: dict[bytes, int] = {}
+        self._digests: dict[int, bytes] = {}  # the same, by page
+        self._kept: OrderedDict[int, None] = OrderedDict()  # published and held by nobody, the least recently used first
+
+    @property
+    def num_free(self) -> int:
+        """Pages that can be had: empty ones, and those that are merely kept."""
+        return self._num_empty + len(self._kept)
 
     def take(self, count: int, after: int | None) -> list[int]:
         """Take `count` pages, following page `after` where possible. Raises OutOfPagesError and takes none."""
         if count > self.num_free:
             raise OutOfPagesError(f"{count} pages asked for, {self.num_free} of {self.num_pages} are free")
+        if count > self._num_empty:
+            self._evict(max(count - self._num_empty, EVICTED_AT_ONCE))
         pages: list[int] = []
         for missing in range(count, 0, -1):
             page = -1 if after is None else after + 1
             if not (0 <= page < self.num_pages and self._free[page]):
                 page = self._start_of_new_run(missing)
             self._free[page] = False
+            self._num_holders[page] = 1
             pages.append(page)
             after = page
-        self.num_free -= count
+        self._num_empty -= count
         return pages
 
-    def give_back(self, pages: list[int]) -> None:
-        """Return pages to the free list. Asserts that they were taken."""
-        assert not self._free[pages].any(), f"pages {pages} are free already"
-        self._free[pages] = True
-        self.num_free += len(pages)
+    def give_back(self, pages: Sequence[int]) -> None:
+        """Hold pages no longer. Asserts that they were held. The last of `pages` are kept longest."""
+        for page in pages:
+            assert self._num_holders[page] > 0, f"page {page} is free already"
+            self._num_holders[page] -= 1
+            if self._num_holders[page]:
+                continue
+            if page in self._digests:
+                self._kept[page] = None
+            else:
+                self._empty(page)
+
+    def publish(self, page: int, digest: bytes) -> None:
+        """Let others find a full page under the hash of all tokens up to its end. The first page of a content is kept."""
+        if digest not in self._published:
+            self._published[digest] = page
+            self._digests[page] = digest
+
+    def hold(self, digest: bytes) -> int | None:
+        """The page published under `digest`, now held by one more; None when there is none."""
+        page = self._published.get(digest)
+        if page is not None:
+            self._kept.pop(page, None)
+            self._num_holders[page] += 1
+        return page
+
+    def is_shared(self, page: int) -> bool:
+        """Whether several hold it: nobody may write into it."""
+        return bool(self._num_holders[page] > 1)
+
+    def withdraw(self, page: int) -> None:
+        """Its only holder is about to write into it: let nobody find it."""
+        digest = self._digests.pop(page, None)
+        if digest is not None:
+            del self._published[digest]
+
+    def _evict(self, count: int) -> None:
+        for _ in range(min(count, len(self._kept))):
+            page, _ = self._kept.popitem(last=False)
+            self.withdraw(page)
+            self._empty(page)
+
+    def _empty(self, page: int) -> None:
+        self._free[page] = True
+        self._num_empty += 1
 
     def _start_of_new_run(self, count: int) -> int:
         """Where `count` pages begin: past the middle only as far as they fit."""
@@ -57,11 +125,16 @@ class PagePool:
 
 
 class PageTable:
-    """The pages of one session, in order of position, and how many tokens they hold."""
+    """The pages of one session, in order of position, and how many tokens they hold.
 
-    def __init__(self, pool: PagePool) -> None:
+    Pages are shared only among tables of one `tenant`: how fast a prompt is read must not tell what others have asked.
+    """
+
+    def __init__(self, pool: PagePool, tenant: str = "") -> None:
         self._pool = pool
+        self._root = hashlib.blake2b(tenant.encode(), digest_size=16).digest()
         self._pages: list[int] = []
+        self._digests: list[bytes] = []  # of the pages, from the first on, that were published or found
         self.length = 0  # tokens whose keys and values are in the pool
 
     @property
@@ -69,20 +142,67 @@ class PageTable:
         """Pages held, whether full or not."""
         return len(self._pages)
 
+    def adopt(self, tokens: Sequence[int]) -> None:
+        """Hold what is published of `tokens`, as far as full pages reach. For a table that holds nothing."""
+        assert not self._pages, "a table adopts pages before it has any of its own"
+        for start in range(0, len(tokens) - self._pool.page_size + 1, self._pool.page_size):
+            digest = self._next_digest(tokens[start : start + self._pool.page_size])
+            page = self._pool.hold(digest)
+            if page is None:
+                break
+            self._pages.append(page)
+            self._digests.append(digest)
+        self.length = len(self._pages) * self._pool.page_size
+
+    def publish(self, tokens: Sequence[int]) -> None:
+        """Let others find the full pages. `tokens` begin with those that the table holds."""
+        size = self._pool.page_size
+        for i in range(len(self._digests), self.length // size):
+            digest = self._next_digest(tokens[i * size : (i + 1) * size])
+            self._pool.publish(self._pages[i], digest)
+            self._digests.append(digest)
+
     def reserve(self, length: int) -> None:
-        """Hold enough pages for `length` tokens. Raises OutOfPagesError and changes nothing."""
-        missing = -(-length // self._pool.page_size) - len(self._pages)
-        if missing > 0:
-            self._pages += self._pool.take(missing, self._pages[-1] if self._pages else None)
+        """Make room to write the positions from the cached ones to `length`, in pages that are this table's alone.
+
+        Raises:
+            OutOfPagesError: and changes nothing.
+        """
+        if length <= self.length:
+            return
+        size = self._pool.page_size
+        num_pages = -(-length // size)
+        first = self.length // size
+        written = range(first, min(num_pages, len(self._pages)))
+        shared = [i for i in written if self._pool.is_shared(self._pages[i])]
+        missing = max(0, num_pages - len(self._pages))
+        if missing + len(shared) > 0:
+            taken = self._pool.take(missing + len(shared), self._pages[-1] if self._pages else None)
+            for i in shared:
+                self._replace(i, taken.pop())
+            self._pages += taken
+        if written:
+            del self._digests[first:]
+            for i in written:
+                self._pool.withdraw(self._pages[i])
+
+    def _replace(self, i: int, page: int) -> None:
+        """Leave a shared page to the others, with a copy of what is still wanted of it."""
+        size = self._pool.page_size
+        if self.length > i * size:
+            self._pool.copy_slots(self._pages[i] * size, page * size, self.length - i * size)
+        self._pool.give_back([self._pages[i]])
+        self._pages[i] = page
 
     def crop_to(self, length: int) -> None:
         """Forget the tokens past `length`: O(1), the pages stay for the tokens to come."""
         self.length = min(self.length, length)
 
     def release(self) -> None:
-        """Give every page back."""
-        self._pool.give_back(self._pages)
+        """Give every page back; of published ones the first are kept longest, for the others follow from them."""
+        self._pool.give_back(self._pages[::-1])
         self._pages = []
+        self._digests = []
         self.length = 0
 
     def slots(self, start: int, stop: int) -> list[int]:
@@ -102,3 +222,8 @@ class PageTable:
             else:
                 runs.append((first, last))
         return tuple(runs)
+
+    def _next_digest(self, page_tokens: Sequence[int]) -> bytes:
+        """Of the page after those that `_digests` covers."""
+        parent = self._digests[-1] if self._digests else self._root
+        return hashlib.blake2b(parent + np.asarray(page_tokens, "<u4").tobytes(), digest_size=16).digest()

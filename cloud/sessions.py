@@ -48,7 +48,7 @@ class SessionStore:
         """The session, if it is known."""
         return self._sessions.get(session_id)
 
-    def open(self, session_id: bytes, now_s: float) -> Session | None:
+    def open(self, session_id: bytes, now_s: float, tenant: str = "") -> Session | None:
         """The session, made if need be and marked as used now; None when all places are taken by busy sessions."""
         session = self._sessions.get(session_id)
         if session is None:
@@ -57,7 +57,7 @@ class SessionStore:
                 if idle is None:
                     return None
                 self.forget(idle.session_id)
-            session = self._sessions[session_id] = Session(session_id, PageTable(self._pool))
+            session = self._sessions[session_id] = Session(session_id, PageTable(self._pool, tenant))
         session.last_used_s = now_s
         self._sessions.move_to_end(session_id)
         return session

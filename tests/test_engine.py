@@ -53,6 +53,7 @@ class Target:
     before_forward: Callable[[], None] = lambda: None
     after_forward: Callable[[], None] = lambda: None
     num_passes: int = 0
+    num_rows: int = 0
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Target:
 
     def watched(batch: PagedBatch) -> torch.Tensor:
         target.num_passes += 1
+        target.num_rows += batch.input_ids.shape[1]
         target.before_forward()
         logits = forward(batch)
         target.after_forward()
@@ -223,7 +225,13 @@ samplings = st.builds(
     repetition_penalty=st.sampled_from([1.0, 1.3]),
     seed=st.integers(0, 2**64 - 1),
 )
-peers = st.builds(Peer, st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=20), samplings)
+COMMON = [(5 * i + 2) % VOCAB_SIZE for i in range(24)]  # many a prompt begins like another: pages are shared
+prompts = st.builds(
+    lambda num_common, own: [*COMMON[:num_common], *own],
+    st.sampled_from([0, 7, 16, 24]),
+    st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=12),
+)
+peers = st.builds(Peer, prompts, samplings)
 
 
 def draft_for(data: st.DataObject, plain: Plain, num_draft_tokens: int) -> tuple[int, ...]:
@@ -365,6 +373,37 @@ def test_sessions_in_one_pass_are_answered_as_alone(target: Target) -> None:
         ]
         assert_plain(target, b)
     assert [asked.extended[0].target_passes for asked in together] == [pytest.approx(0.25)] * 4
+
+
+def test_what_another_session_has_read_is_not_read_again(target: Target) -> None:
+    driver = Driver(target, page_size=4)
+    prompt = prompt_of(30)
+    driver.answer(whole(prompt))
+    before = target.num_rows
+    asked = driver.answer(whole([*prompt[:21], 1, 2, 3], sampling=SAMPLED, max_new_tokens=3))
+    assert target.num_rows - before == 4 + 2  # 20 tokens lie in full pages; then one row a token
+    assert_plain(target, asked)
+
+
+def test_tenants_do_not_share(target: Target) -> None:
+    driver = Driver(target)
+    driver.answer(whole(prompt_of(30), tenant="a"))
+    before = target.num_rows
+    assert_plain(target, driver.answer(whole(prompt_of(30), tenant="b")))
+    assert target.num_rows - before == 30
+
+
+def test_a_session_that_leaves_what_it_shares_leaves_the_others_alone(target: Target) -> None:
+    driver = Driver(target, page_size=8)
+    first, second, prompt = new_id(), new_id(), prompt_of(24)
+    for session in (first, second):
+        driver.answer(whole(prompt, session))
+    rewritten = [*prompt[:11], 1, 1, 1, 1, 1]
+    assert_plain(target, driver.answer(whole(rewritten, second)))  # from the middle of a shared page on
+    kept = driver.answer(rest(first, prompt, 24, draft_ids=(1, 2)))
+    again = driver.answer(whole(prompt, draft_ids=(1, 2)))
+    assert kept.verdict == again.verdict
+    assert_plain(target, again)
 
 
 def test_a_short_request_does_not_wait_for_a_long_prompt(target: Target) -> None:

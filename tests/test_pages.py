@@ -1,13 +1,14 @@
-"""Pages: none is in two tables, none is lost, and a context lies in one piece as long as there is room."""
+"""Pages: every session reads its own text, however many share a page; none is lost; a context lies in one piece where it can."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from edgecloud.cloud.pages import OutOfPagesError, PagePool, PageTable
 
@@ -31,74 +32,89 @@ def longest_free_run(num_pages: int, taken: set[int]) -> int:
     return longest
 
 
+@dataclass(eq=False)
+class Text:
+    """A session: its tokens, and the table that is to hold what follows from them."""
+
+    table: PageTable
+    tenant: str
+    tokens: list[int] = field(default_factory=list)
+
+
+which = st.integers(0, 3)
+few_tokens = st.builds(lambda common, own: [7] * common + own, st.integers(0, 20), st.lists(st.integers(7, 8), max_size=6))
+
+
 class Pages(RuleBasedStateMachine):
-    """Sessions come, grow, are cropped and go, in any order."""
+    """Sessions come, grow, are rewritten, cropped, evicted and go, in any order; each must always read its own text.
 
-    tables: Bundle[PageTable] = Bundle("tables")
+    What a slot holds is played by the tokens up to its position: a page that two use and one overwrites shows at once.
+    """
 
-    @initialize(num_pages=st.integers(1, 24), page_size=st.integers(1, 5))
+    @initialize(num_pages=st.integers(1, 40), page_size=st.integers(1, 5))
     def make_pool(self, num_pages: int, page_size: int) -> None:
         self.num_pages, self.page_size = num_pages, page_size
-        self.pool = PagePool(num_pages, page_size)
-        self.live: list[PageTable] = []
+        self.slots: list[object] = [None] * (num_pages * page_size)
+        self.pool = PagePool(num_pages, page_size, self.copy)
+        self.live = [Text(PageTable(self.pool, tenant), tenant) for tenant in "aaab"]
 
-    def taken(self) -> set[int]:
-        return {page for table in self.live for page in pages_of(table, self.page_size)}
+    def copy(self, source: int, target: int, count: int) -> None:
+        assert 0 < count < self.page_size or self.page_size == 1, "no more than a part of one page is ever copied"
+        self.slots[target : target + count] = self.slots[source : source + count]
 
-    @rule(target=tables)
-    def open(self) -> PageTable:
-        self.live.append(PageTable(self.pool))
-        return self.live[-1]
-
-    @rule(table=tables, length=st.integers(0, 130))
-    def reserve(self, table: PageTable, length: int) -> None:
-        size, before, taken = self.page_size, pages_of(table, self.page_size), self.taken()
-        needed = -(-length // size)
-        if needed - len(before) > self.pool.num_free:
-            with pytest.raises(OutOfPagesError, match=f"of {self.num_pages} are free"):
-                table.reserve(length)
-            assert pages_of(table, size) == before
-            assert self.taken() == taken
+    @rule(which=which, kept=st.integers(0, 30), more=few_tokens, published=st.booleans())
+    def say(self, which: int, kept: int, more: list[int], published: bool) -> None:
+        """Go on from some earlier place, and compute what is not held."""
+        text = self.live[which]
+        table = text.table
+        tokens = text.tokens[:kept] + more
+        table.crop_to(min(kept, len(text.tokens)))
+        text.tokens = tokens
+        if not table.num_pages:
+            table.adopt(tokens)
+        before = pages_of(table, self.page_size)
+        try:
+            table.reserve(len(tokens))
+        except OutOfPagesError:
+            assert pages_of(table, self.page_size) == before
+            text.tokens = tokens[: table.length]
             return
-        table.reserve(length)
-        after = pages_of(table, size)
-        assert after[: len(before)] == before, "what is cached stays where it is"
-        assert len(after) == max(len(before), needed)
-        if not before and 0 < needed <= longest_free_run(self.num_pages, taken):
-            assert len(table.runs(length)) == 1, "it fits in one piece"
+        for position, slot in zip(range(table.length, len(tokens)), table.slots(table.length, len(tokens)), strict=True):
+            self.slots[slot] = (text.tenant, *tokens[: position + 1])
+        table.length = max(table.length, len(tokens))
+        if published:
+            table.publish(tokens)
 
-    @rule(table=tables, data=st.data())
-    def write(self, table: PageTable, data: st.DataObject) -> None:
-        table.length = data.draw(st.integers(0, table.num_pages * self.page_size))
+    @rule(which=which, length=st.integers(0, 30))
+    def crop(self, which: int, length: int) -> None:
+        text = self.live[which]
+        pages, num_free = pages_of(text.table, self.page_size), self.pool.num_free
+        text.table.crop_to(length)
+        text.tokens = text.tokens[: text.table.length]
+        assert (pages_of(text.table, self.page_size), self.pool.num_free) == (pages, num_free), "cropping moves no page"
 
-    @rule(table=tables, length=st.integers(0, 130))
-    def crop(self, table: PageTable, length: int) -> None:
-        cached, pages, num_free = table.length, pages_of(table, self.page_size), self.pool.num_free
-        table.crop_to(length)
-        assert table.length == min(cached, length)
-        assert (pages_of(table, self.page_size), self.pool.num_free) == (pages, num_free), "cropping moves no page"
-
-    @rule(table=tables)
-    def evict(self, table: PageTable) -> None:
-        table.release()
-        assert (table.length, table.num_pages) == (0, 0)
-
-    @rule(table=consumes(tables))
-    def close(self, table: PageTable) -> None:
-        table.release()
-        self.live.remove(table)
+    @rule(which=which)
+    def evict(self, which: int) -> None:
+        text = self.live[which]
+        text.table.release()
+        assert (text.table.length, text.table.num_pages) == (0, 0)
+        text.tokens = []
 
     @invariant()
-    def no_page_is_shared_or_lost(self) -> None:
-        held = [page for table in self.live for page in pages_of(table, self.page_size)]
-        assert len(held) == len(set(held))
+    def every_table_reads_its_own_text(self) -> None:
+        for text in self.live:
+            for position, slot in enumerate(text.table.slots(0, text.table.length)):
+                assert self.slots[slot] == (text.tenant, *text.tokens[: position + 1])
+
+    @invariant()
+    def no_page_is_lost(self) -> None:
+        held = {page for text in self.live for page in pages_of(text.table, self.page_size)}
         assert all(0 <= page < self.num_pages for page in held)
         assert self.pool.num_free + len(held) == self.num_pages
-        assert [table.num_pages for table in self.live] == [len(pages_of(table, self.page_size)) for table in self.live]
 
     @invariant()
     def runs_are_the_slots_in_as_few_pieces_as_possible(self) -> None:
-        for table in self.live:
+        for table in (text.table for text in self.live):
             for length in {table.length, table.num_pages * self.page_size, max(0, table.num_pages * self.page_size - 1)}:
                 runs = table.runs(length)
                 assert slots_in(runs) == table.slots(0, length)
@@ -107,6 +123,110 @@ class Pages(RuleBasedStateMachine):
 
 
 TestPages = Pages.TestCase
+
+
+# Sharing
+
+
+def written(pool: PagePool, tokens: list[int], tenant: str = "") -> PageTable:
+    """A table that holds `tokens`, and tells."""
+    table = PageTable(pool, tenant)
+    table.adopt(tokens)
+    table.reserve(len(tokens))
+    table.length = len(tokens)
+    table.publish(tokens)
+    return table
+
+
+def test_a_second_table_takes_the_full_pages_of_the_first() -> None:
+    pool = PagePool(16, 4)
+    first = written(pool, list(range(11)))
+    second = PageTable(pool)
+    second.adopt([*range(9), 99, 99, 99])
+    assert second.length == 8
+    assert second.slots(0, 8) == first.slots(0, 8)
+    assert pool.num_free == 16 - 3
+
+
+def test_what_a_table_held_outlives_it_until_room_is_needed() -> None:
+    pool = PagePool(8, 2)
+    written(pool, list(range(8))).release()
+    assert pool.num_free == 8
+    again = PageTable(pool)
+    again.adopt(list(range(8)))
+    assert again.length == 8
+    again.release()
+    PageTable(pool).reserve(16)
+    gone = PageTable(pool)
+    gone.adopt(list(range(8)))
+    assert gone.length == 0
+
+
+def test_the_least_recently_used_goes_first_and_of_one_text_its_end() -> None:
+    pool = PagePool(40, 1)
+    for salt in (100, 200):
+        written(pool, [salt + i for i in range(20)]).release()
+    PageTable(pool).reserve(10)  # makes room for more than that at once
+    lengths = []
+    for salt in (100, 200):
+        table = PageTable(pool)
+        table.adopt([salt + i for i in range(20)])
+        lengths.append(table.length)
+    assert 0 < lengths[0] < 20
+    assert lengths[1] == 20
+
+
+def test_tenants_share_nothing() -> None:
+    pool = PagePool(16, 4)
+    written(pool, list(range(8)), "a")
+    other = PageTable(pool, "b")
+    other.adopt(list(range(8)))
+    assert other.length == 0
+
+
+def test_the_same_tokens_after_others_are_another_page() -> None:
+    pool = PagePool(16, 2)
+    written(pool, [1, 2, 3, 4])
+    other = PageTable(pool)
+    other.adopt([3, 4, 1, 2])
+    assert other.length == 0
+
+
+def test_a_page_that_was_rewritten_is_not_found_under_what_it_held_before() -> None:
+    pool = PagePool(16, 2)
+    table = written(pool, [1, 2, 3, 4])
+    written(pool, [1, 2, 3, 4])
+    table.crop_to(0)
+    for tokens in ([5, 6, 7, 8], [5, 6, 7, 8, 9, 10]):
+        table.reserve(len(tokens))
+        table.length = len(tokens)
+        table.publish(tokens)
+    old, new = PageTable(pool), PageTable(pool)
+    old.adopt([1, 2, 3, 4, 9, 10])
+    new.adopt([5, 6, 7, 8, 9, 10])
+    assert (old.length, new.length) == (4, 6)
+
+
+# One piece
+
+
+@given(st.integers(1, 24), st.integers(1, 5), st.lists(st.integers(0, 30), max_size=6), st.integers(1, 100))
+def test_a_new_session_lies_in_one_piece_where_one_is_free(num_pages: int, page_size: int, lengths: list[int], length: int) -> None:
+    pool = PagePool(num_pages, page_size)
+    tables = [PageTable(pool) for _ in lengths]
+    for table, wanted in zip(tables, lengths, strict=True):
+        if -(-wanted // page_size) <= pool.num_free:
+            table.reserve(wanted)
+    for table in tables[::2]:
+        table.release()
+    taken = {page for table in tables for page in pages_of(table, page_size)}
+    table, needed = PageTable(pool), -(-length // page_size)
+    if needed > pool.num_free:
+        with pytest.raises(OutOfPagesError, match=f"of {num_pages} are free"):
+            table.reserve(length)
+    elif needed <= longest_free_run(num_pages, taken):
+        table.reserve(length)
+        assert len(table.runs(length)) == 1
 
 
 @given(st.integers(1, 40), st.integers(1, 5), st.data())
