@@ -1,8 +1,8 @@
 """Which page of the key-value pool belongs to whom. Bookkeeping only: the tensors are attention.KVPool's.
 
-A full page can be published under a hash of all tokens up to its end: it holds a function of those alone. A session that begins with the same
-tokens takes it instead of computing it: pages are counted, and copied when somebody who shares one has to write into it. A
-published page that nobody holds any more stays until room is needed, the least recently used first.
+A full page can be published under a hash of all tokens up to its end: it holds a function of those alone. A session that begins
+with the same tokens takes it instead of computing it: pages are counted, and copied when somebody who shares one has to write
+into it. A published page that nobody holds any more stays until room is needed, the least recently used first.
 """
 
 from __future__ import annotations
