@@ -12,10 +12,12 @@ from typing import Any
 import grpc
 
 from edgecloud.cloud.engine import Engine
+from edgecloud.cloud.gate import Gate
 from edgecloud.cloud.model import TargetModel
 from edgecloud.cloud.runner import EngineThread
-from edgecloud.cloud.server import listening
+from edgecloud.cloud.server import ConnectionLimits, listening
 from edgecloud.cloud.service import Identity, Limits, VerificationService
+from edgecloud.cloud.tenants import Tenants
 from edgecloud.rpc import edgecloud_pb2_grpc as pb_grpc
 
 
@@ -25,6 +27,7 @@ class Loopback:
 
     address: str
     engine: Engine
+    gate: Gate
 
     @contextmanager
     def stub(self) -> Iterator[pb_grpc.VerificationStub]:
@@ -42,22 +45,27 @@ def loopback(
     target: TargetModel,
     *,
     max_draft_tokens: int = 8,
-    max_message_bytes: int = 1 << 20,
     credentials: grpc.ServerCredentials | None = None,
+    tenants: Tenants | None = None,
+    max_requests: int = 512,
+    slow_reader_s: float = 60.0,
+    connection: ConnectionLimits | None = None,
     **engine_options: Any,
 ) -> Iterator[Loopback]:
     """Serve `target` with production's engine, service and server, on a thread, until the context is left."""
     engine = Engine(target, **engine_options)
     identity = Identity("0.0", target.folder.name, "m" * 64, "t" * 64, target.vocab_size, "float32")
-    limits = Limits(engine.max_context_tokens, max_draft_tokens, max_message_bytes)
+    limits = Limits(engine.max_context_tokens, max_draft_tokens)
     loop = asyncio.new_event_loop()
     started = threading.Event()
     stopping = asyncio.Event()
     addresses: list[str] = []
+    gates: list[Gate] = []
 
     async def serve(runner: EngineThread) -> None:
-        service = VerificationService(runner, identity, limits)
-        async with listening(service, "127.0.0.1", 0, max_message_bytes, credentials) as address:
+        service = VerificationService(runner, identity, limits, slow_reader_s=slow_reader_s)
+        gates.append(Gate(tenants, max_requests))
+        async with listening(service, "127.0.0.1", 0, credentials, gate=gates[0], connection=connection) as address:
             addresses.append(address)
             started.set()
             await stopping.wait()
@@ -75,7 +83,7 @@ def loopback(
     started.wait()
     assert addresses, "the server did not start"
     try:
-        yield Loopback(addresses[0], engine)
+        yield Loopback(addresses[0], engine, gates[0])
     finally:
         loop.call_soon_threadsafe(stopping.set)
         thread.join()

@@ -26,7 +26,13 @@ def serve(
     max_pass_tokens: Annotated[int, typer.Option(help="Most tokens of one pass; longer prompts take several.")] = 512,
     max_draft_tokens: Annotated[int, typer.Option(help="Longest draft a client may send.")] = 32,
     max_sessions: Annotated[int, typer.Option(help="Most sessions; idle ones make room.")] = 1024,
+    max_requests: Annotated[int, typer.Option(help="Most requests at a time.")] = 512,
+    max_connection_requests: Annotated[int, typer.Option(help="Most requests at a time of one connection.")] = 256,
+    max_connection_age_s: Annotated[float, typer.Option(help="Seconds until a client has to open its connection anew.")] = 3600.0,
+    slow_reader_s: Annotated[float, typer.Option(help="Seconds until a reader that takes no message is left.")] = 60.0,
     idle_s: Annotated[float, typer.Option(help="Seconds until an unused session is dropped.")] = 300.0,
+    drain_s: Annotated[float, typer.Option(help="Seconds that requests under way may take when told to stop.")] = 25.0,
+    tokens_file: Annotated[Path | None, typer.Option(help="Who may come in; `edgecloud token` makes its lines.")] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="PEM certificate chain.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM private key.")] = None,
     client_ca: Annotated[Path | None, typer.Option(help="PEM certificates that clients' must be signed by.")] = None,
@@ -40,6 +46,8 @@ def serve(
     config = ServerConfig(
         host=host, port=port, dtype=dtype, device=device, num_threads=threads, cache_bytes=cache_mb << 20, page_size=page_size,
         max_pass_tokens=max_pass_tokens, max_draft_tokens=max_draft_tokens, max_sessions=max_sessions, idle_s=idle_s,
+        max_requests=max_requests, max_connection_requests=max_connection_requests, max_connection_age_s=max_connection_age_s,
+        slow_reader_s=slow_reader_s, drain_s=drain_s, tokens_file=tokens_file,
         tls_cert=tls_cert, tls_key=tls_key, client_ca=client_ca, insecure=insecure,
     )  # fmt: skip
 
