@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ class Loopback:
     address: str
     engine: Engine
     gate: Gate
+    stop: Callable[[], None]  # begin to stop, as SIGTERM does; the second time: at once
 
     @contextmanager
     def stub(self) -> Iterator[pb_grpc.VerificationStub]:
@@ -50,6 +51,7 @@ def loopback(
     max_requests: int = 512,
     slow_reader_s: float = 60.0,
     connection: ConnectionLimits | None = None,
+    drain_s: float = 0.0,
     **engine_options: Any,
 ) -> Iterator[Loopback]:
     """Serve `target` with production's engine, service and server, on a thread, until the context is left."""
@@ -58,32 +60,36 @@ def loopback(
     limits = Limits(engine.max_context_tokens, max_draft_tokens)
     loop = asyncio.new_event_loop()
     started = threading.Event()
-    stopping = asyncio.Event()
+    stopping, hurry = asyncio.Event(), asyncio.Event()
     addresses: list[str] = []
     gates: list[Gate] = []
 
     async def serve(runner: EngineThread) -> None:
         service = VerificationService(runner, identity, limits, slow_reader_s=slow_reader_s)
         gates.append(Gate(tenants, max_requests))
-        async with listening(service, "127.0.0.1", 0, credentials, gate=gates[0], connection=connection) as address:
+        options: Any = {"gate": gates[0], "connection": connection, "drain_s": drain_s, "hurry": hurry}
+        async with listening(service, "127.0.0.1", 0, credentials, **options) as address:
             addresses.append(address)
             started.set()
             await stopping.wait()
 
     def run() -> None:
         try:
-            with EngineThread(engine) as runner:
-                loop.run_until_complete(serve(runner))
+            with EngineThread(engine) as runner, asyncio.Runner(loop_factory=lambda: loop) as front_end:
+                front_end.run(serve(runner))
         finally:
             started.set()
-            loop.close()
+
+    def stop() -> None:
+        loop.call_soon_threadsafe((hurry if stopping.is_set() else stopping).set)
 
     thread = threading.Thread(target=run, name="loopback")
     thread.start()
     started.wait()
     assert addresses, "the server did not start"
     try:
-        yield Loopback(addresses[0], engine, gates[0])
+        yield Loopback(addresses[0], engine, gates[0], stop)
     finally:
-        loop.call_soon_threadsafe(stopping.set)
+        with suppress(RuntimeError):  # it has stopped
+            loop.call_soon_threadsafe(stopping.set)
         thread.join()
