@@ -21,7 +21,7 @@ class Quota:
     max_requests: int | None = None  # at a time
     max_sessions: int | None = None  # an idle one makes room for a new one
     requests_per_minute: int | None = None
-    tokens_per_minute: int | None = None  # that the target reads or makes: context not known yet, drafts, choices
+    tokens_per_minute: int | None = None  # that the target reads and makes: context it lacks, drafts, choices
 
     def __post_init__(self) -> None:
         """Refuse what would shut a tenant out by accident."""

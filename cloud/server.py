@@ -8,7 +8,7 @@ import signal
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha import reflection
 from edgecloud.bundle import Bundle, is_bundle
 from edgecloud.cloud.engine import Engine
 from edgecloud.cloud.gate import Gate
+from edgecloud.cloud.metrics import Metrics
 from edgecloud.cloud.model import TargetModel
 from edgecloud.cloud.runner import EngineThread
 from edgecloud.cloud.service import Identity, Limits, VerificationService
@@ -88,6 +89,7 @@ class ServerConfig:
     idle_s: float = 300.0  # an unused session is dropped after this
     drain_s: float = 25.0  # how long requests under way may take to end once the server was told to stop
     tokens_file: Path | None = None  # who may come in; None: anybody
+    metrics_port: int | None = None  # for Prometheus, on the same host and encrypted alike; 0: any free one
     tls_cert: Path | None = None
     tls_key: Path | None = None
     client_ca: Path | None = None  # mutual TLS: clients must show a certificate signed by it
@@ -101,8 +103,11 @@ class ServerConfig:
             raise ConfigError("--client-ca needs --tls-cert and --tls-key")
         if self.tls_cert is None and not self.insecure and not is_loopback(self.host):
             raise ConfigError(f"host {self.host} is not loopback: give --tls-cert and --tls-key, or --insecure to serve plaintext")
-        if not 0 <= self.port < 65536:
-            raise ConfigError(f"port is {self.port}; it takes 0 (any) to 65535")
+        for name, port in (("port", self.port), ("metrics_port", self.metrics_port or 0)):
+            if not 0 <= port < 65536:
+                raise ConfigError(f"{name} is {port}; it takes 0 (any) to 65535")
+        if self.port and self.port == self.metrics_port:
+            raise ConfigError(f"port and metrics_port are both {self.port}; give them one each")
         for name in (
             "page_size", "max_pass_tokens", "max_draft_tokens", "max_sessions", "cache_bytes", "max_message_bytes",
             "max_requests", "max_connection_requests",
@@ -129,6 +134,7 @@ class Serving:
     device: str
     max_context_tokens: int
     tls: bool
+    metrics_port: int | None
 
 
 def serve(model: Path, config: ServerConfig, on_serving: Callable[[Serving], None]) -> None:
@@ -141,6 +147,8 @@ def serve(model: Path, config: ServerConfig, on_serving: Callable[[Serving], Non
     """
     credentials = _credentials(config)
     _check_port_free(config.host, config.port)
+    if config.metrics_port is not None:
+        _check_port_free(config.host, config.metrics_port)
     tenants = None if config.tokens_file is None else Tenants(config.tokens_file)
     folder, name, expected = _target(model)
     fingerprint = model_fingerprint(folder)
@@ -167,8 +175,9 @@ def serve(model: Path, config: ServerConfig, on_serving: Callable[[Serving], Non
     )
     limits = Limits(engine.max_context_tokens, config.max_draft_tokens, config.max_message_bytes, config.max_sessions)
     with EngineThread(engine) as runner:
-        service = VerificationService(runner, identity, limits, slow_reader_s=config.slow_reader_s)
-        asyncio.run(_serve(runner, service, config, credentials, tenants, identity, limits, on_serving))
+        metrics = Metrics(by_tenant=tenants is not None)
+        service = VerificationService(runner, identity, limits, slow_reader_s=config.slow_reader_s, metrics=metrics)
+        asyncio.run(_serve(runner, service, config, credentials, tenants, metrics, identity, limits, on_serving))
 
 
 async def _serve(
@@ -177,11 +186,16 @@ async def _serve(
     config: ServerConfig,
     credentials: grpc.ServerCredentials | None,
     tenants: Tenants | None,
+    metrics: Metrics,
     identity: Identity,
     limits: Limits,
     on_serving: Callable[[Serving], None],
 ) -> None:
-    gate = Gate(tenants, config.max_requests)
+    gate = Gate(tenants, config.max_requests, metrics)
+    metrics.watch(lambda: runner.load, lambda: gate.num_running)
+    host, metrics_port = config.host, config.metrics_port
+    files = config.tls_cert, config.tls_key, config.client_ca
+    scraped = nullcontext() if metrics_port is None else metrics.listening(host, metrics_port, *files)
     connection = ConnectionLimits(config.max_message_bytes, config.max_connection_requests, config.max_connection_age_s)
     stopping, hurry = asyncio.Event(), asyncio.Event()
 
@@ -192,25 +206,27 @@ async def _serve(
         service, config.host, config.port, credentials,
         gate=gate, connection=connection, drain_s=config.drain_s, hurry=hurry,
     )  # fmt: skip
-    async with listener as address:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, stop)
-        on_serving(
-            Serving(
-                address=address,
-                model_name=identity.model_name,
-                model_fingerprint=identity.model_fingerprint,
-                dtype=identity.dtype,
-                device=config.device,
-                max_context_tokens=limits.max_context_tokens,
-                tls=credentials is not None,
+    with scraped as scraped_port:
+        async with listener as address:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                asyncio.get_running_loop().add_signal_handler(number, stop)
+            on_serving(
+                Serving(
+                    address=address,
+                    model_name=identity.model_name,
+                    model_fingerprint=identity.model_fingerprint,
+                    dtype=identity.dtype,
+                    device=config.device,
+                    max_context_tokens=limits.max_context_tokens,
+                    tls=credentials is not None,
+                    metrics_port=scraped_port,
+                )
             )
-        )
-        while not stopping.is_set():
-            with suppress(TimeoutError):
-                await asyncio.wait_for(stopping.wait(), ENGINE_CHECK_S)
-            if not runner.is_alive:  # a service without an engine must not look healthy
-                raise ServerError("the engine has died, its traceback is above; start the service again and report it")
+            while not stopping.is_set():
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(stopping.wait(), ENGINE_CHECK_S)
+                if not runner.is_alive:  # a service without an engine must not look healthy
+                    raise ServerError("the engine has died, its traceback is above; start the service again and report it")
 
 
 @asynccontextmanager

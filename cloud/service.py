@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -12,8 +12,10 @@ from typing import Any, NoReturn
 import grpc
 from grpc.aio import ServicerContext
 
-from edgecloud.cloud.quotas import ACCOUNT, Account
+from edgecloud.cloud.metrics import Metrics
+from edgecloud.cloud.quotas import ACCOUNT
 from edgecloud.cloud.runner import AsyncEngine
+from edgecloud.cloud.spans import call_span
 from edgecloud.cloud.status import abort
 from edgecloud.cloud.work import Answer, Extend, Extended, Failed, Overloaded, Refused
 from edgecloud.errors import ConfigError, ModelMismatchError
@@ -49,11 +51,20 @@ class Identity:
 class VerificationService(pb_grpc.VerificationServicer):
     """Stateless: sessions live in the engine."""
 
-    def __init__(self, engine: AsyncEngine, identity: Identity, limits: Limits, *, slow_reader_s: float = 60.0) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        identity: Identity,
+        limits: Limits,
+        *,
+        slow_reader_s: float = 60.0,
+        metrics: Metrics | None = None,
+    ) -> None:
         self._engine = engine
         self._identity = identity
         self._limits = limits
         self._slow_reader_s = slow_reader_s
+        self._metrics = metrics or Metrics()
         self._pair_hash = codec.pair_hash(identity.model_fingerprint, identity.tokenizer_fingerprint)
 
     async def Describe(  # noqa: N802  # gRPC's names
@@ -93,11 +104,12 @@ class VerificationService(pb_grpc.VerificationServicer):
     ) -> pb.VerifyReply:
         """One draft, one verdict."""
         extend = await self._accept(request, context)
-        with self._place(extend):
+        with self._place("Verify", extend) as extended:
             async with aclosing(self._engine.extend(extend)) as answers:  # type: ignore[type-var]  # an async generator
                 async for answer in answers:
                     if not isinstance(answer, Extended):
                         await _abort(context, answer)
+                    extended(answer)
                     return pb.VerifyReply(
                         num_accepted=answer.num_accepted,
                         next_token_id=answer.next_token_id,
@@ -115,12 +127,12 @@ class VerificationService(pb_grpc.VerificationServicer):
         """The target's own tokens, one a message. A reader that takes none for too long is left, and its session freed."""
         extend = await self._accept(request, context)
         try:
-            with self._place(extend) as account:
+            with self._place("Decode", extend) as extended:
                 async with aclosing(self._engine.extend(extend)) as answers:  # type: ignore[type-var]
                     async for answer in answers:
                         if not isinstance(answer, Extended):
                             await _abort(context, answer)
-                        account.take_tokens(1)
+                        extended(answer)
                         reply = pb.DecodeReply(
                             token_ids=[answer.next_token_id],
                             queue_ms=answer.queue_ms,
@@ -129,6 +141,8 @@ class VerificationService(pb_grpc.VerificationServicer):
                         )
                         async with asyncio.timeout(self._slow_reader_s):
                             await context.write(reply)
+        except grpc.aio.InternalError as error:  # gRPC's word for a write to who has gone
+            raise asyncio.CancelledError from error
         except TimeoutError:
             words = f"no message was taken for {self._slow_reader_s:g} s"
             with suppress(TimeoutError):
@@ -163,14 +177,26 @@ class VerificationService(pb_grpc.VerificationServicer):
         raise AssertionError("abort returned")
 
     @contextmanager
-    def _place(self, extend: Extend) -> Iterator[Account]:
-        """The tenant's place for a request while it runs. Raises CloudOverloadedError, which the gate answers."""
-        account = ACCOUNT.get()
-        with account.request(time.monotonic()), account.session(extend.session_id) as evicted:
+    def _place(self, method: str, extend: Extend) -> Iterator[Callable[[Extended], None]]:
+        """A request's place while it runs; gives whom to tell of each answer.
+
+        Raises:
+            CloudOverloadedError: the tenant has used up a quota. The gate answers it.
+        """
+        account, num_draft_tokens = ACCOUNT.get(), len(extend.draft_ids)
+        places = account.request(time.monotonic()), account.session(extend.session_id)
+        with places[0], places[1] as evicted, call_span(method, extend, account.tenant) as span:
             if evicted is not None:
                 self._engine.release(evicted)
-            account.take_tokens(len(extend.context_ids) + len(extend.draft_ids))
-            yield account
+            account.take_tokens(len(extend.context_ids) + num_draft_tokens)
+            self._metrics.accepted(len(extend.context_ids), account.tenant)
+
+            def extended(answer: Extended) -> None:
+                account.take_tokens(1)
+                self._metrics.extended(answer, num_draft_tokens, account.tenant)
+                span.extended(answer)
+
+            yield extended
 
     def _extend(self, request: pb.VerifyRequest | pb.DecodeRequest) -> Extend:
         """Check a request against limits and vocabulary.

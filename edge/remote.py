@@ -90,7 +90,7 @@ class Cloud:
         if tls is None:
             self._channel = grpc.insecure_channel(address, options)
         else:
-            self._channel = grpc.secure_channel(address, _credentials(tls), options)
+            self._channel = grpc.secure_channel(address, channel_credentials(tls), options)
         self.stub = pb_grpc.VerificationStub(self._channel)
         self._releases: set[Any] = set()  # under way
 
@@ -349,7 +349,8 @@ def _check_token(token: str) -> str:
     return token
 
 
-def _credentials(tls: TLS) -> grpc.ChannelCredentials:
+def channel_credentials(tls: TLS) -> grpc.ChannelCredentials:
+    """Certificates as gRPC takes them. Raises ConfigError: one cannot be read."""
     try:
         ca, key, cert = (None if path is None else path.read_bytes() for path in (tls.ca, tls.key, tls.cert))
     except OSError as error:

@@ -13,6 +13,7 @@ import grpc
 
 from edgecloud.cloud.engine import Engine
 from edgecloud.cloud.gate import Gate
+from edgecloud.cloud.metrics import Metrics
 from edgecloud.cloud.model import TargetModel
 from edgecloud.cloud.runner import EngineThread
 from edgecloud.cloud.server import ConnectionLimits, listening
@@ -28,6 +29,7 @@ class Loopback:
     address: str
     engine: Engine
     gate: Gate
+    metrics: Metrics
     stop: Callable[[], None]  # begin to stop, as SIGTERM does; the second time: at once
 
     @contextmanager
@@ -52,6 +54,7 @@ def loopback(
     slow_reader_s: float = 60.0,
     connection: ConnectionLimits | None = None,
     drain_s: float = 0.0,
+    metrics: Metrics | None = None,
     **engine_options: Any,
 ) -> Iterator[Loopback]:
     """Serve `target` with production's engine, service and server, on a thread, until the context is left."""
@@ -63,10 +66,12 @@ def loopback(
     stopping, hurry = asyncio.Event(), asyncio.Event()
     addresses: list[str] = []
     gates: list[Gate] = []
+    metrics = metrics or Metrics()
 
     async def serve(runner: EngineThread) -> None:
-        service = VerificationService(runner, identity, limits, slow_reader_s=slow_reader_s)
-        gates.append(Gate(tenants, max_requests))
+        service = VerificationService(runner, identity, limits, slow_reader_s=slow_reader_s, metrics=metrics)
+        gates.append(Gate(tenants, max_requests, metrics))
+        metrics.watch(lambda: runner.load, lambda: gates[0].num_running)
         options: Any = {"gate": gates[0], "connection": connection, "drain_s": drain_s, "hurry": hurry}
         async with listening(service, "127.0.0.1", 0, credentials, **options) as address:
             addresses.append(address)
@@ -88,7 +93,7 @@ def loopback(
     started.wait()
     assert addresses, "the server did not start"
     try:
-        yield Loopback(addresses[0], engine, gates[0], stop)
+        yield Loopback(addresses[0], engine, gates[0], metrics, stop)
     finally:
         with suppress(RuntimeError):  # it has stopped
             loop.call_soon_threadsafe(stopping.set)

@@ -261,9 +261,9 @@ def test_a_new_session_beyond_the_quota_takes_the_place_of_the_tenants_idle_one(
         until(lambda: server.engine.load.num_sessions == 3)
 
 
-@pytest.mark.parametrize(("quota", "answered"), [("requests_per_minute=3", 3), ("tokens_per_minute=12", 3)])
+@pytest.mark.parametrize(("quota", "answered"), [("requests_per_minute=3", 3), ("tokens_per_minute=14", 3)])
 def test_a_minutes_worth_is_used_up(target: TargetModel, file: Path, quota: str, answered: int) -> None:
-    """A request costs 5 tokens here: there are some left before the third, and none after it."""
+    """A request costs 6 tokens here: there are some left before the third, and none after it."""
     with loopback(target, tenants=quota_file(file, quota)) as server, server.stub() as stub:
         for _ in range(answered):
             stub.Verify(verify_request(), metadata=bearer(ACME))
