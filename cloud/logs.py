@@ -30,9 +30,10 @@ class JsonFormatter(logging.Formatter):
 
 
 def set_up_logs(form: Format, level: Level) -> None:
-    """Send this process's log to standard error, from a level on."""
+    """Send this process's log to standard error, from a level on. Of other packages only warnings: we cannot vouch for more."""
     handler = logging.StreamHandler()
     handler.setFormatter(
         JsonFormatter() if form == "json" else logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     )
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.basicConfig(level="ERROR" if level == "error" else "WARNING", handlers=[handler])
+    logging.getLogger("edgecloud").setLevel(level.upper())
