@@ -10,7 +10,6 @@ all repetitions of the ratio of tokens/s.
 from __future__ import annotations
 
 import os
-import queue
 import sys
 import time
 from pathlib import Path
@@ -34,8 +33,7 @@ def worker(bundle: str) -> None:
 
     from edgecloud.cloud.engine import Engine
     from edgecloud.cloud.model import TargetModel
-    from edgecloud.cloud.runner import EngineThread
-    from edgecloud.cloud.work import Extend, Extended
+    from edgecloud.cloud.work import Answer, Extend, Extended
 
     torch.set_num_threads(1)
     folder = Bundle.open(Path(bundle)).target_folder
@@ -52,26 +50,21 @@ def worker(bundle: str) -> None:
         return tokens
 
     def extend(prompt: list[int], num_tokens: int) -> list[int]:
-        answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        answers: list[Answer] = []
         session_id = os.urandom(16)
         request = Extend(session_id, 0, tuple(prompt), 0, SamplingSettings(), max_new_tokens=num_tokens)
-        engine.submit(request, answers.put, lambda: False)
-        tokens, last = [], False
-        while not last:
-            answer = answers.get()
-            assert isinstance(answer, Extended)
-            tokens.append(answer.next_token_id)
-            last = answer.last
+        engine.submit(0, request, answers.append)
+        while engine.has_work:
+            engine.step()
         engine.release(session_id)
-        return tokens
+        return [answer.next_token_id for answer in answers if isinstance(answer, Extended)]
 
     def answer(loop: str, prompt: list[int], num_tokens: int) -> dict[str, Any]:
         start = time.perf_counter()
         tokens = (generate if loop == "generate" else extend)(prompt, num_tokens)
         return {"seconds": time.perf_counter() - start, "tokens": tokens, "dtype": str(stock.dtype)}
 
-    with EngineThread(engine):
-        harness.answer_requests(answer)
+    harness.answer_requests(answer)
 
 
 def measure(bundle: Path, prompt: list[int], num_tokens: int, num_repetitions: int) -> tuple[dict[str, list[float]], Any]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from edgecloud.kernels.attention import Segment
-from edgecloud.kernels.attention_torch import ragged_paged_attention
+from edgecloud.kernels.backend import backend_for
 
 PAGED_ATTENTION = "edgecloud_paged"
 
@@ -81,7 +81,8 @@ def paged_attention(
     keys, values = paged_batch.pool.write(layer, paged_batch.slots, key[0], value[0])
     rows = query[0].transpose(0, 1).contiguous()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = ragged_paged_attention(rows, keys, values, paged_batch.segments, scale, sliding_window, softcap)
+    attend = backend_for(query.device.type).ragged_paged_attention
+    out = attend(rows, keys, values, paged_batch.segments, scale, sliding_window, softcap)
     return out.unsqueeze(0), None
 
 

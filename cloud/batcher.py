@@ -1,34 +1,41 @@
-"""What goes into the next pass: short requests first, long prompts in chunks beside them, one job a session."""
+"""What goes into the next pass, and how it is packed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from edgecloud.cloud.attention import KVPool, PagedBatch, tensor_ids
 from edgecloud.cloud.pages import OutOfPagesError
+from edgecloud.cloud.pass_cost import PassCostFit
 from edgecloud.cloud.sessions import Session, SessionStore
 from edgecloud.cloud.work import Answer, Extend
 from edgecloud.kernels.attention import Segment
 
-SHORT_ROWS = 64  # a request of at most this many rows goes before longer ones
+SHORT_ROWS = 48  # a request of at most this many rows goes before longer ones
+STRETCH = 1.6  # a prompt may make the pass of others this much longer
+SMALLEST_CHUNK_ROWS = 16  # and gets on by at least so much
+UNTRIED_CHUNK_ROWS = 64  # while it is not known what a row costs
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Job:
     """An Extend under way."""
 
+    number: int
     request: Extend
-    answer: Callable[[Answer], None]  # called on the engine's thread
-    is_cancelled: Callable[[], bool]
+    answer: Callable[[Answer], None]
     arrived_s: float
     session: Session | None = None  # set on admission
     draft_ids: tuple[int, ...] = ()
     context_length: int = 0
     choices: list[int] = field(default_factory=list)  # after the context, after every draft token
     num_emitted: int = 0  # tokens of a decode
+    cancelled: bool = False
+    is_prompt: bool = False  # set while planning, until the first choice: a prompt's last chunk is no short request
     compute_ms: float = 0.0
     target_passes: float = 0.0
 
@@ -54,32 +61,84 @@ class Share:
     choices_from: int
 
     @property
+    def num_rows(self) -> int:
+        """Rows in the pass."""
+        return self.stop - self.start
+
+    @property
     def num_choices(self) -> int:
         """Rows whose logits are wanted."""
         return max(0, self.stop - self.choices_from)
 
 
-def plan(jobs: list[Job], sessions: SessionStore, max_rows: int) -> tuple[list[Share], list[Job]]:
-    """Pick shares of at most `max_rows` rows in all.  -> (shares, jobs that found no pages)"""
-    shares: list[Share] = []
-    starved: list[Job] = []
-    busy: set[bytes] = set()
-    room = max_rows
-    for job in sorted(jobs, key=lambda j: j.num_rows > SHORT_ROWS):  # stable: in order of arrival within each kind
-        session = job.open_session
-        if room == 0 or session.session_id in busy:
-            continue
-        start = session.table.length
-        stop = min(len(session.tokens), start + room)
-        try:
-            sessions.reserve(session, stop)
-        except OutOfPagesError:
-            starved.append(job)
-            continue
-        busy.add(session.session_id)
-        room -= stop - start
-        shares.append(Share(job, start, stop, max(start, job.context_length - 1)))
-    return shares, starved
+class Batcher:
+    """Decides who goes into the next pass.
+
+    Short requests (a draft, the next token of a decode) go before prompts. Among either kind the tenant that has had the fewest
+    rows comes first, then who has the least slack before the deadline, then who has waited longest. Prompts take the rows that
+    are left, as many as keep the pass within `STRETCH` of what it would have taken without them.
+    """
+
+    def __init__(self, sessions: SessionStore, max_rows: int, fit: PassCostFit) -> None:
+        self._sessions = sessions
+        self._max_rows = max_rows
+        self._fit = fit
+        self._rows_had: dict[str, float] = {}  # by tenant, since it last was idle
+
+    def plan(self, jobs: Sequence[Job], now_s: float) -> tuple[list[Share], list[Job]]:
+        """Pick shares of at most `max_rows` rows in all.  -> (shares, jobs that found no pages)"""
+        shares: list[Share] = []
+        starved: list[Job] = []
+        self._welcome({job.request.tenant for job in jobs})
+        for job in jobs:
+            job.is_prompt |= job.num_rows > SHORT_ROWS
+        self._share_out([job for job in jobs if not job.is_prompt], self._max_rows, now_s, shares, starved)
+        self._share_out([job for job in jobs if job.is_prompt], self._rows_for_prompts(shares), now_s, shares, starved)
+        return shares, starved
+
+    def _share_out(self, jobs: list[Job], room: int, now_s: float, shares: list[Share], starved: list[Job]) -> None:
+        """Give rows to jobs, one tenant after another, until there is no room or no job."""
+        queues: dict[str, deque[Job]] = {}
+        for job in sorted(jobs, key=lambda job: (self._slack_ms(job, now_s), job.arrived_s)):
+            queues.setdefault(job.request.tenant, deque()).append(job)
+        while queues and room > 0:
+            tenant = min(queues, key=self._rows_had.__getitem__)
+            job = queues[tenant].popleft()
+            if not queues[tenant]:
+                del queues[tenant]
+            session = job.open_session
+            start = session.table.length
+            stop = min(len(session.tokens), start + room)
+            try:
+                self._sessions.reserve(session, stop)
+            except OutOfPagesError:
+                starved.append(job)
+                continue
+            room -= stop - start
+            self._rows_had[tenant] += stop - start
+            shares.append(Share(job, start, stop, max(start, job.context_length - 1)))
+
+    def _slack_ms(self, job: Job, now_s: float) -> float:
+        """What is left before the deadline once its own pass is paid."""
+        return (job.request.deadline_s - now_s) * 1e3 - self._fit.predict_ms(job.num_rows, len(job.open_session.tokens))
+
+    def _rows_for_prompts(self, shares: list[Share]) -> int:
+        """Rows beside those already planned."""
+        num_rows = sum(share.num_rows for share in shares)
+        room = self._max_rows - num_rows
+        if not shares:
+            return room
+        if not self._fit.is_trusted:
+            return min(room, UNTRIED_CHUNK_ROWS)
+        cost = self._fit.cost
+        alone_ms = self._fit.predict_ms(num_rows, sum(share.stop for share in shares))
+        return min(room, max(SMALLEST_CHUNK_ROWS, int((STRETCH - 1) * alone_ms / max(cost.per_token_ms, 1e-3))))
+
+    def _welcome(self, tenants: set[str]) -> None:
+        """A tenant that comes back starts level with the one that had least: idleness earns no credit."""
+        present = {tenant: had for tenant, had in self._rows_had.items() if tenant in tenants}
+        level = min(present.values(), default=0.0)
+        self._rows_had = {tenant: present.get(tenant, level) - level for tenant in tenants}
 
 
 def pack(shares: list[Share], pool: KVPool, device: torch.device) -> PagedBatch:

@@ -1,24 +1,25 @@
 """The engine: owns target, cache and sessions, and does one thing: extend sessions, many in a pass.
 
-`step` is the whole life of a pass. One thread calls `run`; `submit` and `release` may come from any other.
+`step` is the whole life of a pass. Everything happens on one thread, the caller's; engine_loop.py gives it one.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
 import time
 from collections import deque
 from collections.abc import Callable
 
 from edgecloud.cloud.attention import KVPool
-from edgecloud.cloud.batcher import Job, Share, pack, plan
+from edgecloud.cloud.batcher import Batcher, Job, Share, pack
 from edgecloud.cloud.model import TargetModel
 from edgecloud.cloud.pages import PagePool
+from edgecloud.cloud.pass_cost import PassCostFit
 from edgecloud.cloud.sessions import SessionStore
 from edgecloud.cloud.work import Answer, EngineLoad, Extend, Extended, Failed, Overloaded, Refused
 from edgecloud.errors import ConfigError
-from edgecloud.kernels.choice_torch import ChoiceRow, choose
+from edgecloud.kernels.backend import backend_for
+from edgecloud.kernels.choice_torch import ChoiceRow
 
 logger = logging.getLogger(__name__)
 
@@ -51,65 +52,45 @@ class Engine:
                 f"give it more"
             )
         self._model = model
-        self._max_rows = max_rows
         self._pool = PagePool(num_pages, page_size)
         self._kv = KVPool(num_pages * page_size)
         self._sessions = SessionStore(self._pool, max_sessions, idle_s)
-        self._inbox: queue.SimpleQueue[Job | bytes | None] = queue.SimpleQueue()
+        self._fit = PassCostFit()
+        self._batcher = Batcher(self._sessions, max_rows, self._fit)
         self._jobs: list[Job] = []  # admitted: one a session
         self._deferred: dict[bytes, deque[Job]] = {}  # a session does one thing at a time, the rest waits here
         self._next_idle_check_s = 0.0
-        self._load = EngineLoad(0, 0, num_pages, num_pages)
         self.max_context_tokens = min(model.max_context_tokens, num_pages * page_size)
 
-    def submit(self, request: Extend, answer: Callable[[Answer], None], is_cancelled: Callable[[], bool]) -> None:
-        """Queue a request. `answer` is called on the engine's thread; once for a verify, once a token for a decode."""
-        self._inbox.put(Job(request, answer, is_cancelled, time.monotonic(), draft_ids=request.draft_ids))
+    def submit(self, number: int, request: Extend, answer: Callable[[Answer], None]) -> None:
+        """Take a request in. `answer` is called at once or in a later `step`: once for a verify, once a token for a decode."""
+        self._admit(Job(number, request, answer, time.monotonic(), draft_ids=request.draft_ids))
+
+    def cancel(self, number: int) -> None:
+        """Nobody waits for this request: it ends before the next pass, without an answer."""
+        waiting = (job for deferred in self._deferred.values() for job in deferred)
+        for job in (*self._jobs, *waiting):
+            if job.number == number:
+                job.cancelled = True
 
     def release(self, session_id: bytes) -> None:
-        """Forget a session, after the requests queued before."""
-        self._inbox.put(session_id)
+        """Forget a session; if it is busy, after its requests."""
+        session = self._sessions.get(session_id)
+        if session is not None and session.busy:
+            session.released = True  # its last job lets it go
+        else:
+            self._sessions.forget(session_id)
 
-    def stop(self) -> None:
-        """Make `run` return; requests under way are answered as failed."""
-        self._inbox.put(None)
+    @property
+    def has_work(self) -> bool:
+        """Whether the next step makes a pass."""
+        return bool(self._jobs)
 
     @property
     def load(self) -> EngineLoad:
-        """As it was after the last pass; never waits for one."""
-        return self._load
-
-    def run(self) -> None:
-        """Serve until `stop`. However it ends, nobody is left waiting for an answer."""
-        try:
-            while self._receive():
-                self.step()
-                self._load = EngineLoad(len(self._sessions), self._num_waiting(), self._pool.num_free, self._pool.num_pages)
-        finally:
-            queued = [self._inbox.get() for _ in range(self._inbox.qsize())]
-            deferred = [job for waiting in self._deferred.values() for job in waiting]
-            for job in [*self._jobs, *deferred, *(item for item in queued if isinstance(item, Job))]:
-                job.answer(Failed("the engine was stopped"))
-
-    def _receive(self) -> bool:
-        """Take in what has come, waiting a while when there is nothing to do. False after `stop`."""
-        wait = not self._jobs
-        while True:
-            try:
-                item = self._inbox.get(block=wait, timeout=IDLE_CHECK_S)
-            except queue.Empty:
-                return True
-            wait = False
-            if item is None:
-                return False
-            if isinstance(item, bytes):
-                self._forget(item)
-            else:
-                self._admit(item)
-
-    def _num_waiting(self) -> int:
-        deferred = sum(len(waiting) for waiting in self._deferred.values())
-        return deferred + self._inbox.qsize() + sum(job.target_passes == 0 for job in self._jobs)
+        """As it is between two passes."""
+        waiting = sum(len(jobs) for jobs in self._deferred.values()) + sum(job.target_passes == 0 for job in self._jobs)
+        return EngineLoad(len(self._sessions), waiting, self._pool.num_free, self._pool.num_pages, self._fit.cost)
 
     def step(self) -> None:
         """One pass: plan, pack, forward, choose, advance."""
@@ -117,10 +98,10 @@ class Engine:
         if now >= self._next_idle_check_s:
             self._sessions.forget_idle(now)
             self._next_idle_check_s = now + IDLE_CHECK_S
-        for job in [job for job in self._jobs if job.is_cancelled()]:
+        for job in [job for job in self._jobs if job.cancelled]:
             self._sessions.expire_soon(job.open_session, now + CANCELLED_GRACE_S)
             self._finish(job)
-        shares, starved = plan(self._jobs, self._sessions, self._max_rows)
+        shares, starved = self._batcher.plan(self._jobs, now)
         if starved and not shares:  # nobody can go on: the youngest makes room
             self._finish(starved[-1], Overloaded("the key-value cache is full", RETRY_AFTER_MS))
         if not shares:
@@ -129,7 +110,8 @@ class Engine:
         try:
             batch = pack(shares, self._kv, self._model.device)
             logits = self._model.forward(batch)
-            choices = choose(logits, [row for share in shares for row in _choice_rows(share)])
+            rows = [row for share in shares for row in _choice_rows(share)]
+            choices = backend_for(logits.device.type).choose(logits, rows)
         except Exception as error:  # a broken pass must not take the other sessions down
             logger.exception("a pass over %d requests failed", len(shares))
             for share in shares:
@@ -137,6 +119,7 @@ class Engine:
                 self._finish(share.job, Failed(f"{type(error).__name__}: {error}"))
             return
         compute_ms = (time.perf_counter() - started) * 1e3
+        self._fit.observe(sum(share.num_rows for share in shares), sum(share.stop for share in shares), compute_ms)
         at = 0
         for share in shares:
             share.job.choices += choices[at : at + share.num_choices]
@@ -153,7 +136,7 @@ class Engine:
         if known is not None and known.busy:
             self._deferred.setdefault(request.session_id, deque()).append(job)
             return
-        if job.is_cancelled():
+        if job.cancelled:
             return
         if request.context_start and known is None:
             job.answer(Refused(0))
@@ -188,13 +171,6 @@ class Engine:
         elif session.released and not session.busy:
             self._sessions.forget(session.session_id)
 
-    def _forget(self, session_id: bytes) -> None:
-        session = self._sessions.get(session_id)
-        if session is not None and session.busy:
-            session.released = True  # its last job lets it go
-        else:
-            self._sessions.forget(session_id)
-
     def _advance(self, job: Job) -> None:
         """After a pass: answer, go on decoding, or wait for the next chunk."""
         session = job.open_session
@@ -221,6 +197,7 @@ class Engine:
         job.context_length = len(session.tokens)
         job.draft_ids = ()
         job.choices = []
+        job.is_prompt = False
         job.arrived_s, job.compute_ms, job.target_passes = now, 0.0, 0.0
 
 

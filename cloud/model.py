@@ -18,6 +18,7 @@ from edgecloud.cloud.attention import PAGED_ATTENTION, KVPool, PagedBatch, regis
 from edgecloud.cloud.pages import PagePool, PageTable
 from edgecloud.errors import ConfigError, ModelError
 from edgecloud.fingerprint import read_json
+from edgecloud.kernels.backend import backend_for
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROBE_TOKENS = 24
@@ -30,6 +31,7 @@ class TargetModel:
 
     Raises:
         ModelError: no such folder, broken files, or an architecture that the paged path cannot run exactly.
+        ConfigError: a device or dtype that cannot be used here.
     """
 
     def __init__(self, folder: Path, dtype: str = "auto", device: str = "cpu") -> None:
@@ -113,6 +115,7 @@ def _device(name: str) -> torch.device:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:  # torch raises either, by the kind of device
         raise ConfigError(f"device is {name!r}, which torch cannot use here: {error}") from error
+    backend_for(device.type)  # says at once what it lacks
     return device
 
 

@@ -1,4 +1,4 @@
-"""A server's life: load the target, open the port, serve until told to stop."""
+"""A server's life: start the engine, open the port, serve until told to stop."""
 
 from __future__ import annotations
 
@@ -8,23 +8,21 @@ import signal
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import grpc
-import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from edgecloud.bundle import Bundle, is_bundle
-from edgecloud.cloud.engine import Engine
 from edgecloud.cloud.gate import Gate
+from edgecloud.cloud.messages import EngineConfig
 from edgecloud.cloud.metrics import Metrics
-from edgecloud.cloud.model import TargetModel
-from edgecloud.cloud.runner import EngineThread
 from edgecloud.cloud.service import Identity, Limits, VerificationService
+from edgecloud.cloud.supervisor import Supervisor
 from edgecloud.cloud.tenants import Tenants
 from edgecloud.errors import BundleError, ConfigError, ModelError, ServerError
 from edgecloud.fingerprint import model_fingerprint, tokenizer_fingerprint
@@ -35,7 +33,6 @@ from edgecloud.rpc import edgecloud_pb2_grpc as pb_grpc
 logger = logging.getLogger(__name__)
 
 STOP_GRACE_S = 2.0  # for the last replies to leave, when their requests are done
-ENGINE_CHECK_S = 1.0
 MAX_SECONDS = 1_000_000  # of any setting: gRPC counts milliseconds in 32 bits
 KEEPALIVE_MS = 30_000  # a connection that is silent this long is asked whether it lives, and given 10 s to answer
 MIN_PING_INTERVAL_MS = 5_000  # a client that asks more often is cut off
@@ -154,79 +151,97 @@ def serve(model: Path, config: ServerConfig, on_serving: Callable[[Serving], Non
     fingerprint = model_fingerprint(folder)
     if expected is not None and fingerprint != expected:
         raise ModelError(f"{folder} has fingerprint {fingerprint}, its bundle says {expected}; make the bundle again")
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)
-    target = TargetModel(folder, config.dtype, config.device)
-    engine = Engine(
-        target,
+    asyncio.run(_serve(folder, name, fingerprint, config, credentials, tenants, on_serving))
+
+
+async def _serve(
+    folder: Path,
+    name: str,
+    fingerprint: str,
+    config: ServerConfig,
+    credentials: grpc.ServerCredentials | None,
+    tenants: Tenants | None,
+    on_serving: Callable[[Serving], None],
+) -> None:
+    async with Supervisor(_engine_config(folder, config)) as engine:
+        assert engine.ready is not None
+        ready = engine.ready
+        identity = Identity(
+            server_version=metadata.version("edgecloud"),
+            model_name=name,
+            model_fingerprint=fingerprint,
+            tokenizer_fingerprint=tokenizer_fingerprint(folder / "tokenizer.json"),
+            vocab_size=ready.vocab_size,
+            dtype=ready.dtype,
+        )
+        limits = Limits(ready.max_context_tokens, config.max_draft_tokens, config.max_message_bytes, config.max_sessions)
+        metrics = Metrics(by_tenant=tenants is not None)
+        gate = Gate(tenants, config.max_requests, metrics)
+        metrics.watch(lambda: engine.load, lambda: gate.num_running)
+        service = VerificationService(engine, identity, limits, slow_reader_s=config.slow_reader_s, metrics=metrics)
+        stopping, hurry = asyncio.Event(), asyncio.Event()
+
+        def stop() -> None:  # asked twice: at once
+            (hurry if stopping.is_set() else stopping).set()
+
+        connection = ConnectionLimits(config.max_message_bytes, config.max_connection_requests, config.max_connection_age_s)
+        port_open = listening(
+            service, config.host, config.port, credentials,
+            gate=gate, connection=connection, drain_s=config.drain_s, hurry=hurry,
+        )  # fmt: skip
+        with _scraped(metrics, config) as metrics_port:
+            async with port_open as listener:
+                engine.on_change = listener.set_serving
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    asyncio.get_running_loop().add_signal_handler(number, stop)
+                on_serving(
+                    Serving(
+                        address=listener.address,
+                        model_name=name,
+                        model_fingerprint=fingerprint,
+                        dtype=ready.dtype,
+                        device=config.device,
+                        max_context_tokens=limits.max_context_tokens,
+                        tls=credentials is not None,
+                        metrics_port=metrics_port,
+                    )
+                )
+                await stopping.wait()
+
+
+def _scraped(metrics: Metrics, config: ServerConfig) -> AbstractContextManager[int | None]:
+    """The port for metrics, if one is wanted."""
+    if config.metrics_port is None:
+        return nullcontext()
+    return metrics.listening(config.host, config.metrics_port, config.tls_cert, config.tls_key, config.client_ca)
+
+
+def _engine_config(folder: Path, config: ServerConfig) -> EngineConfig:
+    return EngineConfig(
+        folder=folder.resolve(),
+        dtype=config.dtype,
+        device=config.device,
+        num_threads=config.num_threads,
         cache_bytes=config.cache_bytes,
         page_size=config.page_size,
         max_rows=config.max_pass_tokens,
         max_sessions=config.max_sessions,
         idle_s=config.idle_s,
     )
-    identity = Identity(
-        server_version=metadata.version("edgecloud"),
-        model_name=name,
-        model_fingerprint=fingerprint,
-        tokenizer_fingerprint=tokenizer_fingerprint(folder / "tokenizer.json"),
-        vocab_size=target.vocab_size,
-        dtype=str(target.dtype).removeprefix("torch."),
-    )
-    limits = Limits(engine.max_context_tokens, config.max_draft_tokens, config.max_message_bytes, config.max_sessions)
-    with EngineThread(engine) as runner:
-        metrics = Metrics(by_tenant=tenants is not None)
-        service = VerificationService(runner, identity, limits, slow_reader_s=config.slow_reader_s, metrics=metrics)
-        asyncio.run(_serve(runner, service, config, credentials, tenants, metrics, identity, limits, on_serving))
 
 
-async def _serve(
-    runner: EngineThread,
-    service: VerificationService,
-    config: ServerConfig,
-    credentials: grpc.ServerCredentials | None,
-    tenants: Tenants | None,
-    metrics: Metrics,
-    identity: Identity,
-    limits: Limits,
-    on_serving: Callable[[Serving], None],
-) -> None:
-    gate = Gate(tenants, config.max_requests, metrics)
-    metrics.watch(lambda: runner.load, lambda: gate.num_running)
-    host, metrics_port = config.host, config.metrics_port
-    files = config.tls_cert, config.tls_key, config.client_ca
-    scraped = nullcontext() if metrics_port is None else metrics.listening(host, metrics_port, *files)
-    connection = ConnectionLimits(config.max_message_bytes, config.max_connection_requests, config.max_connection_age_s)
-    stopping, hurry = asyncio.Event(), asyncio.Event()
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """An open port."""
 
-    def stop() -> None:  # asked twice: at once
-        (hurry if stopping.is_set() else stopping).set()
+    address: str  # HOST:PORT
+    health: health.aio.HealthServicer
 
-    listener = listening(
-        service, config.host, config.port, credentials,
-        gate=gate, connection=connection, drain_s=config.drain_s, hurry=hurry,
-    )  # fmt: skip
-    with scraped as scraped_port:
-        async with listener as address:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                asyncio.get_running_loop().add_signal_handler(number, stop)
-            on_serving(
-                Serving(
-                    address=address,
-                    model_name=identity.model_name,
-                    model_fingerprint=identity.model_fingerprint,
-                    dtype=identity.dtype,
-                    device=config.device,
-                    max_context_tokens=limits.max_context_tokens,
-                    tls=credentials is not None,
-                    metrics_port=scraped_port,
-                )
-            )
-            while not stopping.is_set():
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(stopping.wait(), ENGINE_CHECK_S)
-                if not runner.is_alive:  # a service without an engine must not look healthy
-                    raise ServerError("the engine has died, its traceback is above; start the service again and report it")
+    async def set_serving(self, serving: bool) -> None:
+        """What health checks are told."""
+        states = health_pb2.HealthCheckResponse
+        for name in ("", codec.SERVICE_NAME):
+            await self.health.set(name, states.SERVING if serving else states.NOT_SERVING)
 
 
 @asynccontextmanager
@@ -240,8 +255,8 @@ async def listening(
     connection: ConnectionLimits | None = None,
     drain_s: float = 0.0,
     hurry: asyncio.Event | None = None,
-) -> AsyncIterator[str]:
-    """Serve, with health checks and reflection, while the context lasts; gives HOST:PORT.
+) -> AsyncIterator[Listener]:
+    """Serve, with health checks and reflection, while the context lasts.
 
     Leaving it drains: health says so first, new requests are turned away, and those under way have `drain_s` to end, or
     until `hurry`.
@@ -261,11 +276,11 @@ async def listening(
         port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     except RuntimeError as error:
         raise ServerError(f"cannot listen on {address} ({error}); choose another --port or --host") from error
-    for name in ("", codec.SERVICE_NAME):
-        await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
+    listener = Listener(f"{bracketed}:{port}", checks)
+    await listener.set_serving(True)
     await server.start()
     try:
-        yield f"{bracketed}:{port}"
+        yield listener
     finally:
         await checks.enter_graceful_shutdown()
         logger.info("stopping: %d requests are under way", gate.num_running)

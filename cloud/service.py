@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import aclosing, contextmanager, suppress
@@ -12,12 +13,12 @@ from typing import Any, NoReturn
 import grpc
 from grpc.aio import ServicerContext
 
+from edgecloud.cloud.engine_client import AsyncEngine
 from edgecloud.cloud.metrics import Metrics
 from edgecloud.cloud.quotas import ACCOUNT
-from edgecloud.cloud.runner import AsyncEngine
 from edgecloud.cloud.spans import call_span
 from edgecloud.cloud.status import abort
-from edgecloud.cloud.work import Answer, Extend, Extended, Failed, Overloaded, Refused
+from edgecloud.cloud.work import Answer, Extend, Extended, Failed, Gone, Overloaded, Refused
 from edgecloud.errors import ConfigError, ModelMismatchError
 from edgecloud.rpc import codec
 from edgecloud.rpc import edgecloud_pb2 as pb
@@ -96,6 +97,9 @@ class VerificationService(pb_grpc.VerificationServicer):
                 num_waiting=load.num_waiting,
                 num_free_pages=load.num_free_pages,
                 num_pages=load.num_pages,
+                pass_base_ms=load.cost.base_ms,
+                pass_per_token_ms=load.cost.per_token_ms,
+                pass_per_context_token_ms=load.cost.per_context_token_ms,
             ),
         )
 
@@ -168,7 +172,7 @@ class VerificationService(pb_grpc.VerificationServicer):
     async def _accept(self, request: pb.VerifyRequest | pb.DecodeRequest, context: ServicerContext[Any, Any]) -> Extend:
         """The checked request; one that is refused ends the call."""
         try:
-            return self._extend(request)
+            return self._extend(request, context)
         except ConfigError as error:
             await abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except ModelMismatchError as error:
@@ -198,7 +202,7 @@ class VerificationService(pb_grpc.VerificationServicer):
 
             yield extended
 
-    def _extend(self, request: pb.VerifyRequest | pb.DecodeRequest) -> Extend:
+    def _extend(self, request: pb.VerifyRequest | pb.DecodeRequest, context: ServicerContext[Any, Any]) -> Extend:
         """Check a request against limits and vocabulary.
 
         Raises:
@@ -232,8 +236,9 @@ class VerificationService(pb_grpc.VerificationServicer):
         highest = max(max(context_ids, default=0), max(draft_ids, default=0))
         if highest >= self._identity.vocab_size:
             raise ConfigError(f"token id {highest} is outside the vocabulary of {self._identity.vocab_size}")
+        account = ACCOUNT.get()
         return Extend(
-            session_id=ACCOUNT.get().session_id(request.session_id),
+            session_id=account.session_id(request.session_id),
             context_start=request.context_start,
             context_ids=context_ids,
             context_hash=request.context_hash,
@@ -241,7 +246,15 @@ class VerificationService(pb_grpc.VerificationServicer):
             draft_ids=draft_ids,
             max_new_tokens=min(max_new_tokens, self._limits.max_context_tokens - length + 1),
             stop_token_ids=stop_ids,
+            tenant=account.tenant,
+            deadline_s=_deadline_s(context),
         )
+
+
+def _deadline_s(context: ServicerContext[Any, Any]) -> float:
+    """When the client stops waiting, by time.monotonic()."""
+    remaining_s = context.time_remaining()
+    return math.inf if remaining_s is None else time.monotonic() + remaining_s
 
 
 def _check_session_id(session_id: bytes) -> None:
@@ -262,6 +275,8 @@ async def _abort(context: ServicerContext[Any, Any], answer: Answer) -> NoReturn
             detail.retry_after_ms = retry_after_ms
         case Failed(reason):
             code, message = grpc.StatusCode.INTERNAL, f"the pass failed: {reason}"
-        case _:
+        case Gone(reason):
+            code, message = grpc.StatusCode.UNAVAILABLE, reason
+        case Extended():
             raise AssertionError(answer)
     await abort(context, code, message, detail)

@@ -1,17 +1,15 @@
-"""What an engine is asked and what it answers: the words between the front end and whoever owns the accelerator.
-
-Plain data, so that the engine can move to a process of its own.
-"""
+"""What an engine is asked and what it answers: plain data, which travels between processes as it is."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+
+import msgspec
 
 from edgecloud.sampling import SamplingSettings
 
 
-@dataclass(frozen=True, slots=True)
-class Extend:
+class Extend(msgspec.Struct, frozen=True, tag=True):
     """Extend a session and choose: prefill, verify and decode alike.
 
     The session's tokens before `context_start` must hash to `context_hash`; `context_ids` follow them. One pass over
@@ -27,10 +25,11 @@ class Extend:
     draft_ids: tuple[int, ...] = ()
     max_new_tokens: int = 1
     stop_token_ids: frozenset[int] = frozenset()
+    tenant: str = ""  # who is charged: tenants get even shares of a crowded pass
+    deadline_s: float = math.inf  # of time.monotonic(), which all processes of a machine share
 
 
-@dataclass(frozen=True, slots=True)
-class Extended:
+class Extended(msgspec.Struct, frozen=True, tag=True):
     """The answer to an Extend: one for a verify, one a token for a decode."""
 
     num_accepted: int
@@ -42,36 +41,47 @@ class Extended:
     last: bool  # nothing follows
 
 
-@dataclass(frozen=True, slots=True)
-class Refused:
+class Refused(msgspec.Struct, frozen=True, tag=True):
     """The session's tokens before `context_start` are not what the client means; `cached_length` can be vouched for."""
 
     cached_length: int
 
 
-@dataclass(frozen=True, slots=True)
-class Overloaded:
+class Overloaded(msgspec.Struct, frozen=True, tag=True):
     """No room now."""
 
     reason: str
     retry_after_ms: int
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """The engine broke on this request."""
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The engine broke on this request; the next one may go well."""
 
     reason: str
 
 
-Answer = Extended | Refused | Overloaded | Failed
+class Gone(msgspec.Struct, frozen=True, tag=True):
+    """There is no engine now: it died with this request under way, or has not started again."""
+
+    reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class EngineLoad:
+Answer = Extended | Refused | Overloaded | Failed | Gone
+
+
+class PassCost(msgspec.Struct, frozen=True):
+    """What a pass takes: base_ms + per_token_ms * new tokens + per_context_token_ms * tokens attended to. Zero: not known yet."""
+
+    base_ms: float = 0.0
+    per_token_ms: float = 0.0
+    per_context_token_ms: float = 0.0
+
+
+class EngineLoad(msgspec.Struct, frozen=True, tag=True):
     """How busy an engine is."""
 
     num_sessions: int
     num_waiting: int
     num_free_pages: int
     num_pages: int
+    cost: PassCost = PassCost()

@@ -1,4 +1,4 @@
-"""Ragged paged attention: the plan both versions share, and the NumPy float64 reference.
+"""Ragged paged attention: the plan all versions share, and the NumPy float64 reference.
 
 Packed queries of several sessions attend to their own contexts in one pool of key and value slots. A context is a list of
 runs of consecutive slots, so a version can read each run as a view: no cache entry is ever copied to be read.

@@ -5,8 +5,8 @@
 G is Gumbel noise from Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), so any
 machine can compute any entry without state. Argmax of logits plus Gumbel noise samples exactly from softmax(z)
 (Gumbel-max trick); a draft model that adds the same noise agrees with the target with probability >= (1-TV)/(1+TV)
-(Daliri, Musco, Suresh 2024). `choice_numpy` (device) and `choice_torch`
-(cloud) compute the same faster: noise only where it can matter.
+(Daliri, Musco, Suresh 2024). `choice_numpy` (device), `choice_torch`
+(cloud) and `choice_triton` (cloud on CUDA) compute the same faster: noise only where it can matter.
 """
 
 from __future__ import annotations

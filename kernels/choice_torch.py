@@ -49,28 +49,13 @@ def choose(logits: Tensor, rows: Sequence[ChoiceRow]) -> list[int]:
         if not row.sampling.greedy:
             choices[i] = _sample(logits[i], row)
         elif row.sampling.repetition_penalty != 1.0:
-            choices[i] = _penalized(logits[i], row).argmax()
+            choices[i] = penalized(logits[i], row).argmax()
     ids: list[int] = choices.tolist()
     return ids
 
 
-def _sample(logits: Tensor, row: ChoiceRow) -> Tensor:
-    sampling = row.sampling
-    z = _penalized(logits, row) / sampling.temperature
-    position = len(row.tokens)
-    ids = None
-    if 0 < sampling.top_k < len(z):
-        ids = (z >= torch.topk(z, sampling.top_k).values[-1]).nonzero()[:, 0]
-    if sampling.top_p < 1.0:
-        kept = _nucleus(z if ids is None else z[ids], sampling.top_p)
-        ids = kept if ids is None else ids[kept]
-    if ids is None:
-        return (z + gumbel(sampling.seed, position, len(z), z.device)).argmax()
-    return ids[(z[ids] + gumbel_at(sampling.seed, position, ids)).argmax()]
-
-
-def _penalized(logits: Tensor, row: ChoiceRow) -> Tensor:
-    """Logits in float64, after the repetition penalty."""
+def penalized(logits: Tensor, row: ChoiceRow) -> Tensor:
+    """Logits of a row in float64, after the repetition penalty.  [vocab] -> [vocab]"""
     z = logits.to(torch.float64)
     penalty = row.sampling.repetition_penalty
     if penalty != 1.0:
@@ -79,19 +64,39 @@ def _penalized(logits: Tensor, row: ChoiceRow) -> Tensor:
     return z
 
 
-def _nucleus(z: Tensor, top_p: float) -> Tensor:
-    """Indices of the smallest set of the largest entries that reaches `top_p`; of equal entries the first are kept."""
-    log_total = torch.logsumexp(z, dim=0)
-    for size in (min(NUCLEUS_GUESS, len(z)), len(z)):
-        largest = torch.topk(z, size).values
-        p = torch.exp(largest - log_total)
+def nucleus_border(logits: Tensor, temperature: float, top_p: float) -> tuple[Tensor, int]:
+    """The lowest of the smallest set of the largest logits (float64) that reaches `top_p`, and how many of its equals belong."""
+    log_total = torch.logsumexp(logits / temperature, dim=0)
+    for size in (min(NUCLEUS_GUESS, len(logits)), len(logits)):
+        largest = torch.topk(logits, size).values
+        p = torch.exp(largest / temperature - log_total)
         num_kept = int(((torch.cumsum(p, dim=0) - p) < top_p).sum())
         if num_kept < size:
             break
     lowest = largest[num_kept - 1]
-    kept = z > lowest
-    ties = (z == lowest).nonzero()[:, 0][: num_kept - int(kept.sum())]
-    kept[ties] = True
+    return lowest, num_kept - int((logits > lowest).sum())
+
+
+def _sample(logits: Tensor, row: ChoiceRow) -> Tensor:
+    sampling = row.sampling
+    logits = penalized(logits, row)
+    position = len(row.tokens)
+    ids = None
+    if 0 < sampling.top_k < len(logits):
+        ids = (logits >= torch.topk(logits, sampling.top_k).values[-1]).nonzero()[:, 0]
+    if sampling.top_p < 1.0:
+        kept = _nucleus(logits if ids is None else logits[ids], sampling.temperature, sampling.top_p)
+        ids = kept if ids is None else ids[kept]
+    if ids is None:
+        return (logits / sampling.temperature + gumbel(sampling.seed, position, len(logits), logits.device)).argmax()
+    return ids[(logits[ids] / sampling.temperature + gumbel_at(sampling.seed, position, ids)).argmax()]
+
+
+def _nucleus(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Indices of the smallest set of the largest entries that reaches `top_p`; of equal entries the first are kept."""
+    lowest, num_equal = nucleus_border(logits, temperature, top_p)
+    kept = logits > lowest
+    kept[(logits == lowest).nonzero()[:num_equal, 0]] = True
     return kept.nonzero()[:, 0]
 
 

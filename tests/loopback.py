@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
+import zmq
+import zmq.asyncio
 
 from edgecloud.cloud.engine import Engine
+from edgecloud.cloud.engine_client import EngineClient
+from edgecloud.cloud.engine_loop import EngineLoop
 from edgecloud.cloud.gate import Gate
+from edgecloud.cloud.messages import Stop, encode
 from edgecloud.cloud.metrics import Metrics
 from edgecloud.cloud.model import TargetModel
-from edgecloud.cloud.runner import EngineThread
 from edgecloud.cloud.server import ConnectionLimits, listening
 from edgecloud.cloud.service import Identity, Limits, VerificationService
 from edgecloud.cloud.tenants import Tenants
@@ -28,6 +33,7 @@ class Loopback:
 
     address: str
     engine: Engine
+    client: EngineClient
     gate: Gate
     metrics: Metrics
     stop: Callable[[], None]  # begin to stop, as SIGTERM does; the second time: at once
@@ -41,6 +47,35 @@ class Loopback:
     def channel(self) -> grpc.Channel:
         """A connection that nobody else shares."""
         return grpc.insecure_channel(self.address, [("grpc.use_local_subchannel_pool", 1)])
+
+
+@asynccontextmanager
+async def engine_thread(engine: Engine) -> AsyncIterator[EngineClient]:
+    """Production's loop and messages, with a thread of this process in the place of a process: a test can look into it."""
+    context = zmq.asyncio.Context()
+    here = context.socket(zmq.PAIR)
+    there = zmq.Context.shadow(context.underlying).socket(zmq.PAIR)
+    endpoint = f"inproc://{id(engine)}"
+    here.bind(endpoint)
+    there.connect(endpoint)
+
+    def run() -> None:
+        with there:
+            EngineLoop(engine, there, os.getppid()).run()
+
+    thread = threading.Thread(target=run, name="engine", daemon=True)
+    thread.start()
+    client = EngineClient(here, engine.load)
+    receiving = asyncio.create_task(client.receive())
+    try:
+        yield client
+    finally:
+        here.send(encode(Stop()))
+        await asyncio.to_thread(thread.join)
+        receiving.cancel()
+        client.give_up("the engine was stopped")
+        here.close(linger=0)
+        context.term()
 
 
 @contextmanager
@@ -64,24 +99,24 @@ def loopback(
     loop = asyncio.new_event_loop()
     started = threading.Event()
     stopping, hurry = asyncio.Event(), asyncio.Event()
-    addresses: list[str] = []
-    gates: list[Gate] = []
+    found: list[Loopback] = []
     metrics = metrics or Metrics()
 
-    async def serve(runner: EngineThread) -> None:
-        service = VerificationService(runner, identity, limits, slow_reader_s=slow_reader_s, metrics=metrics)
-        gates.append(Gate(tenants, max_requests, metrics))
-        metrics.watch(lambda: runner.load, lambda: gates[0].num_running)
-        options: Any = {"gate": gates[0], "connection": connection, "drain_s": drain_s, "hurry": hurry}
-        async with listening(service, "127.0.0.1", 0, credentials, **options) as address:
-            addresses.append(address)
-            started.set()
-            await stopping.wait()
+    async def serve() -> None:
+        async with engine_thread(engine) as runner:
+            service = VerificationService(runner, identity, limits, slow_reader_s=slow_reader_s, metrics=metrics)
+            gate = Gate(tenants, max_requests, metrics)
+            metrics.watch(lambda: runner.load, lambda: gate.num_running)
+            options: Any = {"gate": gate, "connection": connection, "drain_s": drain_s, "hurry": hurry}
+            async with listening(service, "127.0.0.1", 0, credentials, **options) as listener:
+                found.append(Loopback(listener.address, engine, runner, gate, metrics, stop))
+                started.set()
+                await stopping.wait()
 
     def run() -> None:
         try:
-            with EngineThread(engine) as runner, asyncio.Runner(loop_factory=lambda: loop) as front_end:
-                front_end.run(serve(runner))
+            with asyncio.Runner(loop_factory=lambda: loop) as front_end:
+                front_end.run(serve())
         finally:
             started.set()
 
@@ -91,9 +126,9 @@ def loopback(
     thread = threading.Thread(target=run, name="loopback")
     thread.start()
     started.wait()
-    assert addresses, "the server did not start"
+    assert found, "the server did not start"
     try:
-        yield Loopback(addresses[0], engine, gates[0], metrics, stop)
+        yield found[0]
     finally:
         with suppress(RuntimeError):  # it has stopped
             loop.call_soon_threadsafe(stopping.set)

@@ -16,15 +16,16 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from loopback import engine_thread
 from pairs import PATIENCE_S, TIE, Plain, PlainTarget, plain_target
 from tiny import make_tiny_llama
 
 from edgecloud.cloud import engine as engine_module
 from edgecloud.cloud.attention import PagedBatch
 from edgecloud.cloud.engine import CANCELLED_GRACE_S, Engine
+from edgecloud.cloud.engine_client import EngineClient
 from edgecloud.cloud.model import TargetModel
-from edgecloud.cloud.runner import EngineThread
-from edgecloud.cloud.work import Answer, Extend, Extended, Failed, Overloaded, Refused
+from edgecloud.cloud.work import Answer, Extend, Extended, Failed, Gone, Overloaded, Refused
 from edgecloud.errors import ConfigError
 from edgecloud.rpc.codec import context_hash
 from edgecloud.sampling import SamplingSettings
@@ -83,6 +84,7 @@ class Asked:
 
     request: Extend
     answers: list[Answer] = field(default_factory=list)
+    number: int = 0
     cancelled: bool = False
     on_answer: Callable[[Answer], None] = lambda _: None
 
@@ -122,17 +124,19 @@ class Driver:
         self.open: list[Asked] = []
 
     def ask(self, request: Extend, **options: Any) -> Asked:
-        asked = Asked(request, **options)
-        self.engine.submit(request, asked.take, lambda: asked.cancelled)
+        asked = Asked(request, number=len(self.open), **options)
         self.open.append(asked)
+        self.engine.submit(asked.number, request, asked.take)
         return asked
 
+    def cancel(self, asked: Asked) -> None:
+        asked.cancelled = True
+        self.engine.cancel(asked.number)
+
     def step(self, times: int = 1) -> None:
-        """Take in what has come and make a pass. Does not wait: fails when there is nothing to do but something is open."""
+        """Make a pass. Fails when there is nothing to do but something is open."""
         for _ in range(times):
-            idle = self.engine._inbox.empty() and not self.engine._jobs
-            assert not idle, "a request was lost"
-            assert self.engine._receive()
+            assert self.engine.has_work, "a request was lost"
             self.engine.step()
 
     def drive(self, *wanted: Asked) -> None:
@@ -150,7 +154,6 @@ class Driver:
 
     def release(self, session_id: bytes) -> None:
         self.engine.release(session_id)
-        assert self.engine._receive()
 
     @property
     def num_used_pages(self) -> int:
@@ -509,7 +512,7 @@ def test_a_cancelled_decode_stops_and_its_session_can_be_used_again(target: Targ
     driver = Driver(target)
     session, prompt = new_id(), prompt_of(6)
     asked = driver.ask(whole(prompt, session, SAMPLED, max_new_tokens=50))
-    asked.on_answer = lambda _: setattr(asked, "cancelled", len(asked.answers) == 3)
+    asked.on_answer = lambda _: driver.cancel(asked) if len(asked.answers) == 3 else None
     driver.drive(asked)
     passes = target.num_passes
     tokens = prompt + asked.token_ids
@@ -524,9 +527,9 @@ def test_a_request_cancelled_before_its_turn_costs_no_pass(target: Target) -> No
     session = new_id()
     first = driver.ask(whole(prompt_of(4), session, max_new_tokens=4))
     waiting, early = driver.ask(whole(prompt_of(9), session)), driver.ask(whole(prompt_of(9)))
-    early.cancelled = True
+    driver.cancel(early)
     driver.step()
-    waiting.cancelled = True
+    driver.cancel(waiting)
     passes = target.num_passes
     driver.drive(first)
     assert target.num_passes == passes + 3
@@ -542,7 +545,7 @@ def test_a_prompt_cancelled_half_way_leaves_a_usable_cache(target: Target, max_r
     asked = driver.ask(whole(prompt, session))
     if max_rows < 30:
         driver.step(3)
-    asked.cancelled = True
+    driver.cancel(asked)
     other = driver.answer(whole(prompt_of(3, 1)))
     again = driver.answer(whole(prompt, session))
     assert asked.answers == []
@@ -612,7 +615,7 @@ def test_the_session_of_a_client_that_went_away_expires_soon(target: Target, clo
     driver.answer(whole(prompt_of(5), kept))
     asked = driver.ask(whole(prompt_of(5, 1), gone, max_new_tokens=9))
     driver.step()
-    asked.cancelled = True
+    driver.cancel(asked)
     driver.step()
     clock.now_s += CANCELLED_GRACE_S - 1.5
     driver.engine.step()
@@ -729,28 +732,10 @@ def test_a_pass_that_breaks_in_the_middle_of_a_prompt_or_a_decode_loses_nothing_
     assert target.plain.decode(prompt, 6, SAMPLED).agrees_with(got + resumed.token_ids)
 
 
-def test_however_an_engine_ends_nobody_is_left_waiting(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken_plan(*_: object) -> None:
-        raise AssertionError("a bug")
-
-    driver = Driver(target)
-    session = new_id()
-    asked = [driver.ask(whole(prompt_of(4), session)), driver.ask(whole(prompt_of(4), session)), driver.ask(whole([1]))]
-    with monkeypatch.context() as patched:
-        patched.setattr(engine_module, "plan", broken_plan)
-        with pytest.raises(AssertionError, match="a bug"):
-            driver.engine.run()
-    stopped = Driver(target)
-    stopped.engine.stop()
-    asked.append(stopped.ask(whole([1, 2])))
-    stopped.engine.run()
-    assert [a.answers for a in asked] == [[Failed("the engine was stopped")]] * 4
+# Behind its socket
 
 
-# On its own thread
-
-
-async def gather(runner: EngineThread, request: Extend, take: int = 10**9) -> list[Answer]:
+async def gather(runner: EngineClient, request: Extend, take: int = 10**9) -> list[Answer]:
     answers: list[Answer] = []
     async with aclosing(runner.extend(request)) as stream:  # type: ignore[type-var]  # an async generator
         async for answer in stream:
@@ -760,23 +745,22 @@ async def gather(runner: EngineThread, request: Extend, take: int = 10**9) -> li
     return answers
 
 
-def test_the_thread_answers_many_at_once_as_plain_decoding_does(target: Target) -> None:
+def test_many_at_once_are_answered_as_plain_decoding_does(target: Target) -> None:
     engine = Driver(target, room_tokens=80, max_rows=16).engine
     requests = [whole(prompt_of(3 + 2 * i, i), sampling=SAMPLED, max_new_tokens=4) for i in range(8)]
 
-    async def ask_until_there_is_room(runner: EngineThread, request: Extend) -> list[Answer]:
+    async def ask_until_there_is_room(runner: EngineClient, request: Extend) -> list[Answer]:
         while True:
             answers = await gather(runner, request)
             if not isinstance(answers[-1], Overloaded):
                 return answers
             await asyncio.sleep(0.01)
 
-    async def ask_all(runner: EngineThread) -> list[list[Answer]]:
-        return await asyncio.gather(*(ask_until_there_is_room(runner, request) for request in requests))
+    async def ask_all() -> list[list[Answer]]:
+        async with engine_thread(engine) as runner:
+            return await asyncio.gather(*(ask_until_there_is_room(runner, request) for request in requests))
 
-    with EngineThread(engine) as runner:
-        everything = asyncio.run(ask_all(runner))
-    for request, answers in zip(requests, everything, strict=True):
+    for request, answers in zip(requests, asyncio.run(ask_all()), strict=True):
         assert_plain(target, Asked(request, answers))
 
 
@@ -790,34 +774,32 @@ def test_leaving_the_iterator_frees_the_session_for_the_next_request(target: Tar
 
     target.before_forward = wait_in_the_third_pass
 
-    async def leave_and_return(runner: EngineThread) -> list[Answer]:
-        await gather(runner, whole(prompt_of(5), session, max_new_tokens=100), take=2)
-        left.set()
-        return await gather(runner, whole(prompt_of(5), session, draft_ids=(1,)))
+    async def leave_and_return() -> list[Answer]:
+        async with engine_thread(engine) as runner:
+            await gather(runner, whole(prompt_of(5), session, max_new_tokens=100), take=2)
+            left.set()
+            return await gather(runner, whole(prompt_of(5), session, draft_ids=(1,)))
 
-    with EngineThread(engine) as runner:
-        answers = asyncio.run(leave_and_return(runner))
+    answers = asyncio.run(leave_and_return())
     assert target.num_passes <= first_pass + 3
     assert_plain(target, Asked(whole(prompt_of(5), session, draft_ids=(1,)), answers))
 
 
-def test_a_stopped_thread_says_so(target: Target) -> None:
-    with EngineThread(Driver(target).engine) as runner:
-        pass
-    assert asyncio.run(gather(runner, whole([1]))) == [Failed("the engine is not running")]
+def test_who_waits_for_an_engine_that_is_gone_is_told_and_so_is_who_asks_later(target: Target) -> None:
+    stopped, left = threading.Event(), threading.Event()
 
+    def wait_in_a_pass() -> None:
+        stopped.set()
+        assert left.wait(PATIENCE_S)
 
-def test_answers_to_a_loop_that_is_gone_do_not_stop_the_thread(target: Target) -> None:
-    async def walk_away(runner: EngineThread) -> None:
-        stream = runner.extend(whole(prompt_of(5), max_new_tokens=60))
-        await anext(stream)
-        abandoned.append(stream)
+    target.before_forward = wait_in_a_pass
 
-    abandoned: list[Any] = []
-    with EngineThread(Driver(target).engine) as runner:
-        loop = asyncio.new_event_loop()
-        loop.run_until_complete(walk_away(runner))
-        loop.close()  # without shutdown_asyncgens: nobody cancels
-        request = whole(prompt_of(4))
-        assert_plain(target, Asked(request, asyncio.run(gather(runner, request))))
-    abandoned.clear()
+    async def ask() -> list[list[Answer]]:
+        async with engine_thread(Driver(target).engine) as runner:
+            waiting = asyncio.create_task(gather(runner, whole([1, 2])))
+            await asyncio.to_thread(stopped.wait, PATIENCE_S)
+            runner.give_up("it died")
+            left.set()
+            return [await waiting, await gather(runner, whole([1]))]
+
+    assert asyncio.run(ask()) == [[Gone("it died")]] * 2

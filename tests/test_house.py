@@ -22,7 +22,7 @@ import edgecloud
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ["sdk", "edge", "cloud", "partitioner", "kernels"]
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-HEAVY = ["torch", "transformers", "onnxruntime", "typer", "pydantic", "rich"]
+HEAVY = ["torch", "triton", "transformers", "onnxruntime", "typer", "pydantic", "rich"]
 
 ours = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py")) if "_pb2" not in path.name]
 
@@ -197,7 +197,7 @@ DEVICE = """
 import importlib, importlib.abc, pkgutil, sys
 
 sys.path.insert(0, sys.argv[1])
-BLOCKED = {"torch", "transformers", "typer", "pydantic", "rich", "safetensors", "zmq", "onnx", "onnx_ir",
+BLOCKED = {"torch", "triton", "transformers", "typer", "pydantic", "rich", "safetensors", "zmq", "onnx", "onnx_ir",
            "onnxruntime_genai", "gguf", "accelerate", "platformdirs", "huggingface_hub", "grpc_health",
            "grpc_reflection"}
 

@@ -132,9 +132,8 @@ class Settled:
 
 def run_to_end(engine: Engine, request: Extend) -> list[Answer]:
     answers: list[Answer] = []
-    engine.submit(request, answers.append, lambda: False)
+    engine.submit(0, request, answers.append)
     while not answers or (isinstance(answers[-1], Extended) and not answers[-1].last):
-        assert engine._receive()
         engine.step()
     return answers
 

@@ -23,12 +23,11 @@ from transformers import AutoModelForCausalLM
 from edgecloud.bundle import MANIFEST, Bundle, DraftInfo, FileInfo, TargetInfo, TokenizerInfo
 from edgecloud.cli.app import run
 from edgecloud.cloud import server as server_module
-from edgecloud.cloud.engine import Engine
 from edgecloud.cloud.model import TargetModel, eos_token_ids
 from edgecloud.cloud.server import ServerConfig
 from edgecloud.edge.remote import TLS, Cloud
 from edgecloud.edge.retry import Timeout
-from edgecloud.errors import CloudUnavailableError, ConfigError, ServerError
+from edgecloud.errors import CloudUnavailableError, ConfigError
 from edgecloud.fingerprint import model_fingerprint, sha256_file, tokenizer_fingerprint
 from edgecloud.rpc import edgecloud_pb2 as pb
 from edgecloud.rpc import edgecloud_pb2_grpc as pb_grpc
@@ -109,7 +108,7 @@ def local(server: Server) -> str:
 def test_a_port_in_use_is_refused_before_the_model_is_loaded(
     model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_module, "TargetModel", None)
+    monkeypatch.setattr(server_module, "Supervisor", None)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert run(["serve", str(model), "--port", str(port)]) == 1
@@ -207,7 +206,7 @@ def test_plaintext_on_loopback_takes_none(host: str) -> None:
 def refused(capsys: pytest.CaptureFixture[str], code: int, *arguments: object) -> str:
     """Run `edgecloud serve` where it must not start; -> its one line of error."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(server_module, "EngineThread", None)  # else a server that does start would stay
+        patched.setattr(server_module, "VerificationService", None)  # else a server that does start would stay
         assert run(["serve", *map(str, arguments), "--port", "0"]) == code
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -360,9 +359,3 @@ def test_the_ids_that_end_a_generation_come_from_the_folder(model: Path, copy: P
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "eos_token_id": [2, 0]}))
     assert eos_token_ids(copy) == [2, 0]
-
-
-def test_a_service_whose_engine_has_died_ends_with_an_error(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Engine, "run", lambda self: None)  # a bug in the loop, as far as the front end can tell
-    with pytest.raises(ServerError, match="engine has died"):
-        server_module.serve(model, ServerConfig(port=0), lambda serving: None)

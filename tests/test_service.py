@@ -381,7 +381,7 @@ def test_a_full_server_says_when_to_come_again(target: TargetModel, gate: Gate) 
         first = stub.Decode(decode_request(max_new_tokens=3))
         assert gate.reached.wait(PATIENCE_S)
         second = stub.Verify.future(verify_request())
-        until(lambda: not server.engine._inbox.empty())
+        until(lambda: server.client.num_open == 2)
         gate.opened.set()
         refusal = refusal_of(second.result)
         assert refusal.code == Code.RESOURCE_EXHAUSTED

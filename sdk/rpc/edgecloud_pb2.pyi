@@ -45,16 +45,22 @@ class Limits(_message.Message):
     def __init__(self, max_context_tokens: _Optional[int] = ..., max_draft_tokens: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_sessions: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("num_sessions", "num_waiting", "num_free_pages", "num_pages")
+    __slots__ = ("num_sessions", "num_waiting", "num_free_pages", "num_pages", "pass_base_ms", "pass_per_token_ms", "pass_per_context_token_ms")
     NUM_SESSIONS_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_FREE_PAGES_FIELD_NUMBER: _ClassVar[int]
     NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
+    PASS_BASE_MS_FIELD_NUMBER: _ClassVar[int]
+    PASS_PER_TOKEN_MS_FIELD_NUMBER: _ClassVar[int]
+    PASS_PER_CONTEXT_TOKEN_MS_FIELD_NUMBER: _ClassVar[int]
     num_sessions: int
     num_waiting: int
     num_free_pages: int
     num_pages: int
-    def __init__(self, num_sessions: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_free_pages: _Optional[int] = ..., num_pages: _Optional[int] = ...) -> None: ...
+    pass_base_ms: float
+    pass_per_token_ms: float
+    pass_per_context_token_ms: float
+    def __init__(self, num_sessions: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_free_pages: _Optional[int] = ..., num_pages: _Optional[int] = ..., pass_base_ms: _Optional[float] = ..., pass_per_token_ms: _Optional[float] = ..., pass_per_context_token_ms: _Optional[float] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")

@@ -1,0 +1,150 @@
+"""Two processes: the engine may die at any moment, and all that anybody sees of it is time."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from pairs import PATIENCE_S, Pair, Server, serving, until
+
+from edgecloud.client import Client
+from edgecloud.rpc import edgecloud_pb2 as pb
+from edgecloud.rpc import edgecloud_pb2_grpc as pb_grpc
+
+pytest_plugins = ["pairs"]
+
+NUM_CLIENTS = 8
+NUM_KILLS = int(os.environ.get("EDGECLOUD_TEST_KILLS", "2"))  # a restart takes seconds; 20 make a run of some minutes
+
+
+@pytest.fixture(scope="module")
+def server(tiny_pair: Pair) -> Iterator[Server]:
+    with serving(tiny_pair.bundle) as started:
+        yield started
+
+
+def engine_of(server: Server) -> int:
+    """Process id of a server's engine: the newest child."""
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    assert children, "the server has no engine"
+    return int(children[-1])
+
+
+def is_alive(process_id: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{process_id}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def health_of(address: str) -> int:
+    with grpc.insecure_channel(address) as channel:
+        reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
+    return int(reply.status)
+
+
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def test_the_front_end_holds_no_model(server: Server) -> None:
+    maps = Path(f"/proc/{server.process.pid}/maps").read_text()
+    assert "libtorch" not in maps
+    assert "libtorch" in Path(f"/proc/{engine_of(server)}/maps").read_text()
+
+
+def test_health_follows_the_engine(server: Server) -> None:
+    assert health_of(server.address) == SERVING
+    engine = engine_of(server)
+    os.kill(engine, signal.SIGKILL)
+    until(lambda: health_of(server.address) == NOT_SERVING)
+    request = pb.VerifyRequest(session_id=b"s" * 16, context_ids=[1, 2])
+    with grpc.insecure_channel(server.address) as channel:
+        stub = pb_grpc.VerificationStub(channel)
+        with pytest.raises(grpc.RpcError) as refused:
+            stub.Verify(request, timeout=PATIENCE_S)
+    assert refused.value.code() == grpc.StatusCode.UNAVAILABLE  # at once: nobody waits for a model to load
+    until(lambda: health_of(server.address) == SERVING)
+    assert engine_of(server) != engine
+
+
+def test_no_engine_outlives_a_server_that_is_killed(tiny_pair: Pair) -> None:
+    server = Server(tiny_pair.bundle)
+    engine = engine_of(server)
+    server.kill()
+    until(lambda: not is_alive(engine))
+
+
+def test_a_server_told_to_stop_leaves_no_engine_and_no_socket(
+    tiny_pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with serving(tiny_pair.bundle) as server:
+        engine = engine_of(server)
+        (folder,) = tmp_path.iterdir()
+        assert folder.stat().st_mode & 0o077 == 0  # nobody else may talk to the engine
+    assert not is_alive(engine)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_engine_of_another_version_is_refused_by_name(tmp_path: Path) -> None:
+    code = (
+        "import sys, zmq; from edgecloud.cloud.messages import *\n"
+        "socket = zmq.Context().socket(zmq.PAIR); socket.bind(sys.argv[1])\n"
+        "from pathlib import Path\n"
+        "import os; socket.send(encode(Start(99, os.getppid(), EngineConfig(Path('/nowhere')))))\n"
+        "print(decode_from_engine(socket.recv()))"
+    )
+    endpoint = f"ipc://{tmp_path}/engine"
+    engine = subprocess.Popen([sys.executable, "-P", "-m", "edgecloud.cloud.engine_process", endpoint])
+    said = subprocess.run([sys.executable, "-P", "-c", code, endpoint], capture_output=True, text=True, check=True)
+    assert "StartFailed(error='ServerError', reason='the front end speaks version 99" in said.stdout
+    assert engine.wait(PATIENCE_S) == 0
+
+
+@pytest.mark.parametrize("mode", ["speculative", "cloud"])
+def test_killed_at_random_moments_every_text_is_the_same(tiny_pair: Pair, server: Server, mode: str) -> None:
+    """Kill -9 of the engine, again and again, under eight clients; none hangs, and none reads another word."""
+    prompts = [f"tell {i} of us a story" for i in range(NUM_CLIENTS)]
+
+    def texts_of(client: Client, prompt: str) -> list[int]:
+        reply = client.generate(prompt, mode=mode, max_new_tokens=40, temperature=0.8, seed=7, raw=True, deadline_s=PATIENCE_S)
+        return list(reply.token_ids)
+
+    with Client(tiny_pair.bundle, cloud=server.address) as client:
+        expected = [texts_of(client, prompt) for prompt in prompts]
+    stopping = threading.Event()
+    counts = [0] * NUM_CLIENTS
+
+    def keep_asking(number: int) -> None:
+        with Client(tiny_pair.bundle, cloud=server.address) as client:
+            while not stopping.is_set():
+                assert texts_of(client, prompts[number]) == expected[number]
+                counts[number] += 1
+
+    moments = random.Random(mode)
+    with ThreadPoolExecutor(NUM_CLIENTS) as pool:
+        asking = [pool.submit(keep_asking, number) for number in range(NUM_CLIENTS)]
+        try:
+            for _ in range(NUM_KILLS):
+                done = sum(counts)
+                until(lambda done=done: sum(counts) > done or any(a.done() for a in asking))  # type: ignore[misc]
+                time.sleep(moments.random() / 4)
+                os.kill(engine_of(server), signal.SIGKILL)
+            done = sum(counts)
+            until(lambda: sum(counts) > done or any(a.done() for a in asking))
+        finally:
+            stopping.set()
+        for answer in asking:
+            answer.result()
+    until(server.is_empty)
