@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
+import logging
 import signal
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -18,15 +18,50 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from edgecloud.bundle import Bundle, is_bundle
+from edgecloud.cloud.gate import Gate
 from edgecloud.cloud.messages import EngineConfig
+from edgecloud.cloud.metrics import Metrics
 from edgecloud.cloud.service import Identity, Limits, VerificationService
 from edgecloud.cloud.supervisor import Supervisor
+from edgecloud.cloud.tenants import Tenants
 from edgecloud.errors import BundleError, ConfigError, ModelError, ServerError
 from edgecloud.fingerprint import model_fingerprint, tokenizer_fingerprint
+from edgecloud.hosts import is_loopback
 from edgecloud.rpc import codec
 from edgecloud.rpc import edgecloud_pb2_grpc as pb_grpc
 
-STOP_GRACE_S = 2.0
+logger = logging.getLogger(__name__)
+
+STOP_GRACE_S = 2.0  # for the last replies to leave, when their requests are done
+MAX_SECONDS = 1_000_000  # of any setting: gRPC counts milliseconds in 32 bits
+KEEPALIVE_MS = 30_000  # a connection that is silent this long is asked whether it lives, and given 10 s to answer
+MIN_PING_INTERVAL_MS = 5_000  # a client that asks more often is cut off
+MAX_CONNECTION_IDLE_MS = 600_000
+CONNECTION_GRACE_MS = 300_000  # for requests under way on a connection that has reached its age
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionLimits:
+    """What one connection may take."""
+
+    max_message_bytes: int = 1 << 20
+    max_requests: int = 256  # at a time; further ones wait in the client
+    max_age_s: float = 3600.0  # then it is closed in good order, and the client opens another: so that load spreads anew
+
+    def options(self) -> list[tuple[str, int]]:
+        """The same, and what is fixed, in gRPC's words."""
+        return [
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", self.max_message_bytes),
+            ("grpc.max_concurrent_streams", self.max_requests),
+            ("grpc.max_connection_age_ms", int(self.max_age_s * 1e3)),
+            ("grpc.max_connection_age_grace_ms", CONNECTION_GRACE_MS),
+            ("grpc.max_connection_idle_ms", MAX_CONNECTION_IDLE_MS),
+            ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+            ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +79,14 @@ class ServerConfig:
     max_draft_tokens: int = 32
     max_sessions: int = 1024
     max_message_bytes: int = 1 << 20
+    max_requests: int = 512  # at a time, of all connections together
+    max_connection_requests: int = 256  # at a time, of one connection
+    max_connection_age_s: float = 3600.0
+    slow_reader_s: float = 60.0  # a stream's reader that takes no message this long is left
     idle_s: float = 300.0  # an unused session is dropped after this
+    drain_s: float = 25.0  # how long requests under way may take to end once the server was told to stop
+    tokens_file: Path | None = None  # who may come in; None: anybody
+    metrics_port: int | None = None  # for Prometheus, on the same host and encrypted alike; 0: any free one
     tls_cert: Path | None = None
     tls_key: Path | None = None
     client_ca: Path | None = None  # mutual TLS: clients must show a certificate signed by it
@@ -56,17 +98,26 @@ class ServerConfig:
             raise ConfigError("--tls-cert and --tls-key go together; give both")
         if self.client_ca is not None and self.tls_cert is None:
             raise ConfigError("--client-ca needs --tls-cert and --tls-key")
-        if self.tls_cert is None and not self.insecure and not _is_loopback(self.host):
+        if self.tls_cert is None and not self.insecure and not is_loopback(self.host):
             raise ConfigError(f"host {self.host} is not loopback: give --tls-cert and --tls-key, or --insecure to serve plaintext")
-        if not 0 <= self.port < 65536:
-            raise ConfigError(f"port is {self.port}; it takes 0 (any) to 65535")
-        for name in ("page_size", "max_pass_tokens", "max_draft_tokens", "max_sessions", "cache_bytes", "max_message_bytes"):
+        for name, port in (("port", self.port), ("metrics_port", self.metrics_port or 0)):
+            if not 0 <= port < 65536:
+                raise ConfigError(f"{name} is {port}; it takes 0 (any) to 65535")
+        if self.port and self.port == self.metrics_port:
+            raise ConfigError(f"port and metrics_port are both {self.port}; give them one each")
+        for name in (
+            "page_size", "max_pass_tokens", "max_draft_tokens", "max_sessions", "cache_bytes", "max_message_bytes",
+            "max_requests", "max_connection_requests",
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it takes at least 1")
         if self.num_threads < 0:
             raise ConfigError(f"num_threads is {self.num_threads}; it takes 0 (as many as may be used) or more")
-        if not self.idle_s > 0:  # nor NaN
-            raise ConfigError(f"idle_s is {self.idle_s}; it takes seconds above 0")
+        for name in ("idle_s", "slow_reader_s", "max_connection_age_s"):
+            if not 0 < getattr(self, name) <= MAX_SECONDS:  # nor NaN
+                raise ConfigError(f"{name} is {getattr(self, name)}; it takes seconds above 0, at most {MAX_SECONDS}")
+        if not 0 <= self.drain_s <= MAX_SECONDS:
+            raise ConfigError(f"drain_s is {self.drain_s}; it takes seconds from 0 to {MAX_SECONDS}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +131,7 @@ class Serving:
     device: str
     max_context_tokens: int
     tls: bool
+    metrics_port: int | None
 
 
 def serve(model: Path, config: ServerConfig, on_serving: Callable[[Serving], None]) -> None:
@@ -87,15 +139,19 @@ def serve(model: Path, config: ServerConfig, on_serving: Callable[[Serving], Non
 
     Raises:
         ModelError, BundleError: it cannot be served.
+        ConfigError: the tokens file is wrong.
         ServerError: the port is taken, or certificates cannot be read.
     """
     credentials = _credentials(config)
     _check_port_free(config.host, config.port)
+    if config.metrics_port is not None:
+        _check_port_free(config.host, config.metrics_port)
+    tenants = None if config.tokens_file is None else Tenants(config.tokens_file)
     folder, name, expected = _target(model)
     fingerprint = model_fingerprint(folder)
     if expected is not None and fingerprint != expected:
         raise ModelError(f"{folder} has fingerprint {fingerprint}, its bundle says {expected}; make the bundle again")
-    asyncio.run(_serve(folder, name, fingerprint, config, credentials, on_serving))
+    asyncio.run(_serve(folder, name, fingerprint, config, credentials, tenants, on_serving))
 
 
 async def _serve(
@@ -104,6 +160,7 @@ async def _serve(
     fingerprint: str,
     config: ServerConfig,
     credentials: grpc.ServerCredentials | None,
+    tenants: Tenants | None,
     on_serving: Callable[[Serving], None],
 ) -> None:
     async with Supervisor(_engine_config(folder, config)) as engine:
@@ -118,24 +175,45 @@ async def _serve(
             dtype=ready.dtype,
         )
         limits = Limits(ready.max_context_tokens, config.max_draft_tokens, config.max_message_bytes, config.max_sessions)
-        service = VerificationService(engine, identity, limits)
-        async with listening(service, config.host, config.port, limits.max_message_bytes, credentials) as listener:
-            engine.on_change = listener.set_serving
-            stopping = asyncio.Event()
-            for number in (signal.SIGINT, signal.SIGTERM):
-                asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-            on_serving(
-                Serving(
-                    address=listener.address,
-                    model_name=name,
-                    model_fingerprint=fingerprint,
-                    dtype=ready.dtype,
-                    device=config.device,
-                    max_context_tokens=limits.max_context_tokens,
-                    tls=credentials is not None,
+        metrics = Metrics(by_tenant=tenants is not None)
+        gate = Gate(tenants, config.max_requests, metrics)
+        metrics.watch(lambda: engine.load, lambda: gate.num_running)
+        service = VerificationService(engine, identity, limits, slow_reader_s=config.slow_reader_s, metrics=metrics)
+        stopping, hurry = asyncio.Event(), asyncio.Event()
+
+        def stop() -> None:  # asked twice: at once
+            (hurry if stopping.is_set() else stopping).set()
+
+        connection = ConnectionLimits(config.max_message_bytes, config.max_connection_requests, config.max_connection_age_s)
+        port_open = listening(
+            service, config.host, config.port, credentials,
+            gate=gate, connection=connection, drain_s=config.drain_s, hurry=hurry,
+        )  # fmt: skip
+        with _scraped(metrics, config) as metrics_port:
+            async with port_open as listener:
+                engine.on_change = listener.set_serving
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    asyncio.get_running_loop().add_signal_handler(number, stop)
+                on_serving(
+                    Serving(
+                        address=listener.address,
+                        model_name=name,
+                        model_fingerprint=fingerprint,
+                        dtype=ready.dtype,
+                        device=config.device,
+                        max_context_tokens=limits.max_context_tokens,
+                        tls=credentials is not None,
+                        metrics_port=metrics_port,
+                    )
                 )
-            )
-            await stopping.wait()
+                await stopping.wait()
+
+
+def _scraped(metrics: Metrics, config: ServerConfig) -> AbstractContextManager[int | None]:
+    """The port for metrics, if one is wanted."""
+    if config.metrics_port is None:
+        return nullcontext()
+    return metrics.listening(config.host, config.metrics_port, config.tls_cert, config.tls_key, config.client_ca)
 
 
 def _engine_config(folder: Path, config: ServerConfig) -> EngineConfig:
@@ -168,18 +246,26 @@ class Listener:
 
 @asynccontextmanager
 async def listening(
-    service: VerificationService, host: str, port: int, max_message_bytes: int, credentials: grpc.ServerCredentials | None = None
+    service: VerificationService,
+    host: str,
+    port: int,
+    credentials: grpc.ServerCredentials | None = None,
+    *,
+    gate: Gate | None = None,
+    connection: ConnectionLimits | None = None,
+    drain_s: float = 0.0,
+    hurry: asyncio.Event | None = None,
 ) -> AsyncIterator[Listener]:
-    """Serve, with health checks and reflection, while the context lasts. Raises ServerError: cannot listen."""
-    server = grpc.aio.server(
-        options=[
-            ("grpc.so_reuseport", 0),
-            ("grpc.max_receive_message_length", max_message_bytes),
-            ("grpc.max_concurrent_streams", 256),
-            ("grpc.keepalive_permit_without_calls", 1),
-            ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
-        ]
-    )
+    """Serve, with health checks and reflection, while the context lasts.
+
+    Leaving it drains: health says so first, new requests are turned away, and those under way have `drain_s` to end, or
+    until `hurry`.
+
+    Raises:
+        ServerError: cannot listen.
+    """
+    gate = gate or Gate()
+    server = grpc.aio.server(interceptors=[gate], options=(connection or ConnectionLimits()).options())
     pb_grpc.add_VerificationServicer_to_server(service, server)
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
@@ -197,7 +283,9 @@ async def listening(
         yield listener
     finally:
         await checks.enter_graceful_shutdown()
-        await server.stop(STOP_GRACE_S)
+        logger.info("stopping: %d requests are under way", gate.num_running)
+        drained = await gate.drain(drain_s, hurry or asyncio.Event())
+        await server.stop(STOP_GRACE_S if drained else 0.0)
 
 
 def _target(model: Path) -> tuple[Path, str, str | None]:
@@ -242,12 +330,3 @@ def _check_port_free(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ServerError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port or --host") from error
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

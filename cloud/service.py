@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
-from collections.abc import AsyncIterator
-from contextlib import aclosing
+from collections.abc import Callable, Iterator
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -13,11 +14,17 @@ import grpc
 from grpc.aio import ServicerContext
 
 from edgecloud.cloud.engine_client import AsyncEngine
+from edgecloud.cloud.metrics import Metrics
+from edgecloud.cloud.quotas import ACCOUNT
+from edgecloud.cloud.spans import call_span
+from edgecloud.cloud.status import abort
 from edgecloud.cloud.work import Answer, Extend, Extended, Failed, Gone, Overloaded, Refused
 from edgecloud.errors import ConfigError, ModelMismatchError
 from edgecloud.rpc import codec
 from edgecloud.rpc import edgecloud_pb2 as pb
 from edgecloud.rpc import edgecloud_pb2_grpc as pb_grpc
+
+LAST_WORD_S = 1.0  # for a status to be taken by who takes no messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +52,20 @@ class Identity:
 class VerificationService(pb_grpc.VerificationServicer):
     """Stateless: sessions live in the engine."""
 
-    def __init__(self, engine: AsyncEngine, identity: Identity, limits: Limits) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        identity: Identity,
+        limits: Limits,
+        *,
+        slow_reader_s: float = 60.0,
+        metrics: Metrics | None = None,
+    ) -> None:
         self._engine = engine
         self._identity = identity
         self._limits = limits
+        self._slow_reader_s = slow_reader_s
+        self._metrics = metrics or Metrics()
         self._pair_hash = codec.pair_hash(identity.model_fingerprint, identity.tokenizer_fingerprint)
 
     async def Describe(  # noqa: N802  # gRPC's names
@@ -58,7 +75,7 @@ class VerificationService(pb_grpc.VerificationServicer):
         try:
             codec.refuse_unknown_fields(request)
         except ConfigError as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            await abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
         load = self._engine.load
         identity, limits = self._identity, self._limits
         return pb.DescribeReply(
@@ -91,36 +108,51 @@ class VerificationService(pb_grpc.VerificationServicer):
     ) -> pb.VerifyReply:
         """One draft, one verdict."""
         extend = await self._accept(request, context)
-        async with aclosing(self._engine.extend(extend)) as answers:  # type: ignore[type-var]  # an async generator
-            async for answer in answers:
-                if not isinstance(answer, Extended):
-                    await _abort(context, answer)
-                return pb.VerifyReply(
-                    num_accepted=answer.num_accepted,
-                    next_token_id=answer.next_token_id,
-                    cached_length=answer.cached_length,
-                    queue_ms=answer.queue_ms,
-                    compute_ms=answer.compute_ms,
-                    target_passes=answer.target_passes,
-                    num_waiting=self._engine.load.num_waiting,
-                )
+        with self._place("Verify", extend) as extended:
+            async with aclosing(self._engine.extend(extend)) as answers:  # type: ignore[type-var]  # an async generator
+                async for answer in answers:
+                    if not isinstance(answer, Extended):
+                        await _abort(context, answer)
+                    extended(answer)
+                    return pb.VerifyReply(
+                        num_accepted=answer.num_accepted,
+                        next_token_id=answer.next_token_id,
+                        cached_length=answer.cached_length,
+                        queue_ms=answer.queue_ms,
+                        compute_ms=answer.compute_ms,
+                        target_passes=answer.target_passes,
+                        num_waiting=self._engine.load.num_waiting,
+                    )
         raise AssertionError("the engine gave no answer")
 
     async def Decode(  # noqa: N802
         self, request: pb.DecodeRequest, context: ServicerContext[pb.DecodeRequest, pb.DecodeReply]
-    ) -> AsyncIterator[pb.DecodeReply]:
-        """The target's own tokens, one a message."""
+    ) -> None:
+        """The target's own tokens, one a message. A reader that takes none for too long is left, and its session freed."""
         extend = await self._accept(request, context)
-        async with aclosing(self._engine.extend(extend)) as answers:  # type: ignore[type-var]
-            async for answer in answers:
-                if not isinstance(answer, Extended):
-                    await _abort(context, answer)
-                yield pb.DecodeReply(
-                    token_ids=[answer.next_token_id],
-                    queue_ms=answer.queue_ms,
-                    compute_ms=answer.compute_ms,
-                    target_passes=answer.target_passes,
-                )
+        try:
+            with self._place("Decode", extend) as extended:
+                async with aclosing(self._engine.extend(extend)) as answers:  # type: ignore[type-var]
+                    async for answer in answers:
+                        if not isinstance(answer, Extended):
+                            await _abort(context, answer)
+                        extended(answer)
+                        reply = pb.DecodeReply(
+                            token_ids=[answer.next_token_id],
+                            queue_ms=answer.queue_ms,
+                            compute_ms=answer.compute_ms,
+                            target_passes=answer.target_passes,
+                        )
+                        async with asyncio.timeout(self._slow_reader_s):
+                            await context.write(reply)
+        except grpc.aio.InternalError as error:  # gRPC's word for a write to who has gone
+            raise asyncio.CancelledError from error
+        except TimeoutError:
+            words = f"no message was taken for {self._slow_reader_s:g} s"
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LAST_WORD_S):
+                    await abort(context, grpc.StatusCode.CANCELLED, words)
+            raise asyncio.CancelledError(words) from None  # the status waits behind the messages; nobody here waits for it
 
     async def Release(  # noqa: N802
         self, request: pb.ReleaseRequest, context: ServicerContext[pb.ReleaseRequest, pb.ReleaseReply]
@@ -130,8 +162,11 @@ class VerificationService(pb_grpc.VerificationServicer):
             codec.refuse_unknown_fields(request)
             _check_session_id(request.session_id)
         except ConfigError as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        self._engine.release(request.session_id)
+            await abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        account = ACCOUNT.get()
+        session_id = account.session_id(request.session_id)
+        account.forget_session(session_id)
+        self._engine.release(session_id)
         return pb.ReleaseReply()
 
     async def _accept(self, request: pb.VerifyRequest | pb.DecodeRequest, context: ServicerContext[Any, Any]) -> Extend:
@@ -139,11 +174,33 @@ class VerificationService(pb_grpc.VerificationServicer):
         try:
             return self._extend(request, context)
         except ConfigError as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            await abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except ModelMismatchError as error:
             detail = pb.ErrorDetail(model_fingerprint=self._identity.model_fingerprint)
-            await _abort_with(context, grpc.StatusCode.FAILED_PRECONDITION, str(error), detail)
+            await abort(context, grpc.StatusCode.FAILED_PRECONDITION, str(error), detail)
         raise AssertionError("abort returned")
+
+    @contextmanager
+    def _place(self, method: str, extend: Extend) -> Iterator[Callable[[Extended], None]]:
+        """A request's place while it runs; gives whom to tell of each answer.
+
+        Raises:
+            CloudOverloadedError: the tenant has used up a quota. The gate answers it.
+        """
+        account, num_draft_tokens = ACCOUNT.get(), len(extend.draft_ids)
+        places = account.request(time.monotonic()), account.session(extend.session_id)
+        with places[0], places[1] as evicted, call_span(method, extend, account.tenant) as span:
+            if evicted is not None:
+                self._engine.release(evicted)
+            account.take_tokens(len(extend.context_ids) + num_draft_tokens)
+            self._metrics.accepted(len(extend.context_ids), account.tenant)
+
+            def extended(answer: Extended) -> None:
+                account.take_tokens(1)
+                self._metrics.extended(answer, num_draft_tokens, account.tenant)
+                span.extended(answer)
+
+            yield extended
 
     def _extend(self, request: pb.VerifyRequest | pb.DecodeRequest, context: ServicerContext[Any, Any]) -> Extend:
         """Check a request against limits and vocabulary.
@@ -179,8 +236,9 @@ class VerificationService(pb_grpc.VerificationServicer):
         highest = max(max(context_ids, default=0), max(draft_ids, default=0))
         if highest >= self._identity.vocab_size:
             raise ConfigError(f"token id {highest} is outside the vocabulary of {self._identity.vocab_size}")
+        account = ACCOUNT.get()
         return Extend(
-            session_id=request.session_id,
+            session_id=account.session_id(request.session_id),
             context_start=request.context_start,
             context_ids=context_ids,
             context_hash=request.context_hash,
@@ -188,6 +246,7 @@ class VerificationService(pb_grpc.VerificationServicer):
             draft_ids=draft_ids,
             max_new_tokens=min(max_new_tokens, self._limits.max_context_tokens - length + 1),
             stop_token_ids=stop_ids,
+            tenant=account.tenant,
             deadline_s=_deadline_s(context),
         )
 
@@ -220,9 +279,4 @@ async def _abort(context: ServicerContext[Any, Any], answer: Answer) -> NoReturn
             code, message = grpc.StatusCode.UNAVAILABLE, reason
         case Extended():
             raise AssertionError(answer)
-    await _abort_with(context, code, message, detail)
-
-
-async def _abort_with(context: ServicerContext[Any, Any], code: grpc.StatusCode, message: str, detail: pb.ErrorDetail) -> NoReturn:
-    await context.abort(code, message, ((codec.ERROR_DETAIL_KEY, detail.SerializeToString()),))
-    raise AssertionError("abort returned")
+    await abort(context, code, message, detail)

@@ -18,6 +18,7 @@ import grpc
 
 from edgecloud.edge.retry import Retry, Timeout
 from edgecloud.errors import (
+    CloudAuthError,
     CloudError,
     CloudOverloadedError,
     CloudRefusedError,
@@ -27,6 +28,7 @@ from edgecloud.errors import (
     ModelMismatchError,
     ProtocolError,
 )
+from edgecloud.hosts import is_loopback
 from edgecloud.rpc import codec
 from edgecloud.rpc import edgecloud_pb2 as pb
 from edgecloud.rpc import edgecloud_pb2_grpc as pb_grpc
@@ -49,19 +51,34 @@ class TLS:
 class Cloud:
     """A connection to one verification service. Opens nothing until the first call.
 
-    `pair_hash` (codec.pair_hash) says whom every request means; 0: whatever is served.
+    `pair_hash` (codec.pair_hash) says whom every request means; 0: whatever is served. `token` says who asks. With `insecure`
+    it may leave this machine unencrypted.
 
     Raises:
-        ConfigError: the address is not HOST:PORT, or a certificate cannot be read.
+        ConfigError: the address is not HOST:PORT, a certificate cannot be read, or the token could be read on its way.
     """
 
-    def __init__(self, address: str, tls: TLS | None, timeout: Timeout, pair_hash: int = 0) -> None:
+    def __init__(
+        self,
+        address: str,
+        tls: TLS | None,
+        timeout: Timeout,
+        pair_hash: int = 0,
+        *,
+        token: str | None = None,
+        insecure: bool = False,
+    ) -> None:
         host, _, port = address.rpartition(":")
         if not host or not port.isdigit() or not 0 < int(port) < 65536:
             raise ConfigError(f"cloud is {address!r}; it takes HOST:PORT")
         self.address = address
         self.timeout = timeout
         self.pair_hash = pair_hash
+        self.metadata = None if token is None else ((codec.AUTHORIZATION_KEY, f"Bearer {_check_token(token)}"),)
+        if token is not None and tls is None and not insecure and not is_loopback(host):
+            raise ConfigError(
+                f"cloud is {address} without TLS: the token could be read on its way; give tls (--tls), or insecure (--insecure)"
+            )
         options = [
             ("grpc.initial_reconnect_backoff_ms", 200),
             ("grpc.min_reconnect_backoff_ms", 200),
@@ -73,7 +90,7 @@ class Cloud:
         if tls is None:
             self._channel = grpc.insecure_channel(address, options)
         else:
-            self._channel = grpc.secure_channel(address, _credentials(tls), options)
+            self._channel = grpc.secure_channel(address, channel_credentials(tls), options)
         self.stub = pb_grpc.VerificationStub(self._channel)
         self._releases: set[Any] = set()  # under way
 
@@ -82,10 +99,13 @@ class Cloud:
 
         Raises:
             CloudUnavailableError: nothing answers within the connect timeout.
+            CloudAuthError: it does not know the token.
             ProtocolError: it speaks another protocol version.
         """
         try:
-            reply: pb.DescribeReply = self.stub.Describe(pb.DescribeRequest(), timeout=self.timeout.connect_s, wait_for_ready=wait)
+            reply: pb.DescribeReply = self.stub.Describe(
+                pb.DescribeRequest(), timeout=self.timeout.connect_s, wait_for_ready=wait, metadata=self.metadata
+            )
         except grpc.RpcError as error:
             if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
                 words = f"nothing answers at {self.address} within {self.timeout.connect_s:g} s; is `edgecloud serve` running?"
@@ -110,7 +130,8 @@ class Cloud:
 
     def release(self, session_id: bytes) -> None:
         """Tell the service that a session is over, without waiting for it. Unheard, it only costs the service its idle time."""
-        future = self.stub.Release.future(pb.ReleaseRequest(session_id=session_id), timeout=RELEASE_TIMEOUT_S)
+        request = pb.ReleaseRequest(session_id=session_id)
+        future = self.stub.Release.future(request, timeout=RELEASE_TIMEOUT_S, metadata=self.metadata)
         self._releases.add(future)
         future.add_done_callback(self._releases.discard)
 
@@ -159,7 +180,7 @@ class RemoteVerifier:
             )
             uplink_bytes = request.ByteSize()
             asked = time.perf_counter()
-            call = self._cloud.stub.Decode(request, timeout=self.attempt_s())
+            call = self._cloud.stub.Decode(request, timeout=self.attempt_s(), metadata=self._cloud.metadata)
             try:
                 for reply in call:
                     came = time.perf_counter()
@@ -208,7 +229,7 @@ class RemoteVerifier:
 
     def verify_future(self, request: pb.VerifyRequest) -> Any:
         """Send it."""
-        return self._cloud.stub.Verify.future(request, timeout=self.attempt_s())
+        return self._cloud.stub.Verify.future(request, timeout=self.attempt_s(), metadata=self._cloud.metadata)
 
     def attempt_s(self) -> float:
         """How long one attempt may take. A stream cut off by it is simply resumed."""
@@ -256,6 +277,7 @@ class PendingVerify:
             CloudUnavailableError, CloudOverloadedError: not within the retry budget.
             DeadlineExceededError: the caller's deadline passed.
             CloudRefusedError: the request is invalid.
+            CloudAuthError: the token is not known, or no longer.
             ProtocolError: the answer makes no sense.
         """
         retry = self._verifier.retry()
@@ -304,6 +326,8 @@ def _map(error: grpc.RpcError, address: str) -> CloudError:
             return CloudOverloadedError(f"{address}: {words}", detail.retry_after_ms / 1e3)
         case grpc.StatusCode.INVALID_ARGUMENT | grpc.StatusCode.RESOURCE_EXHAUSTED | grpc.StatusCode.OUT_OF_RANGE:
             return CloudRefusedError(f"{address} refuses the request: {words}")
+        case grpc.StatusCode.UNAUTHENTICATED:
+            return CloudAuthError(f"{address}: {words}")
         case grpc.StatusCode.UNIMPLEMENTED:
             return ProtocolError(f"{address} is no edgecloud verification service")
         case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.DEADLINE_EXCEEDED | grpc.StatusCode.CANCELLED:
@@ -318,7 +342,15 @@ def _words(error: grpc.RpcError) -> str:
     return str(error.details() or error.code().name)
 
 
-def _credentials(tls: TLS) -> grpc.ChannelCredentials:
+def _check_token(token: str) -> str:
+    """A token that can travel in a header. Raises ConfigError, without showing it."""
+    if not token or not all("!" <= character <= "~" for character in token):
+        raise ConfigError("the token is empty, or has a space or another character that no token has; give it as it was printed")
+    return token
+
+
+def channel_credentials(tls: TLS) -> grpc.ChannelCredentials:
+    """Certificates as gRPC takes them. Raises ConfigError: one cannot be read."""
     try:
         ca, key, cert = (None if path is None else path.read_bytes() for path in (tls.ca, tls.key, tls.cert))
     except OSError as error:

@@ -46,6 +46,8 @@ class Client:
         bundle: folder written by `edgecloud partition`; the device's part is enough.
         cloud: HOST:PORT of a verification service; None: this device alone.
         tls: encrypt the connection, and check the server.
+        token: says to the service who asks; off this machine it takes `tls`, or `insecure`.
+        insecure: let the token travel in plaintext.
         timeout: how long to wait for the cloud and how often to ask again.
         num_draft_tokens: tokens drafted a round in mode `speculative`.
         num_threads: of ONNX Runtime; 0: as many as this process may use.
@@ -58,6 +60,8 @@ class Client:
         cloud: str | None = None,
         *,
         tls: TLS | None = None,
+        token: str | None = None,
+        insecure: bool = False,
         timeout: Timeout | None = None,
         num_draft_tokens: int = 4,
         num_threads: int = 0,
@@ -66,6 +70,8 @@ class Client:
         self._path = Path(bundle)
         self._cloud_address = cloud
         self._tls = tls
+        self._token = token
+        self._insecure = insecure
         self._timeout = timeout or Timeout()
         self._num_draft_tokens = check_whole("num_draft_tokens", num_draft_tokens, 1, 64)
         self._num_threads = check_whole("num_threads", num_threads, 0) or len(os.sched_getaffinity(0))
@@ -119,6 +125,7 @@ class Client:
         Raises:
             ConfigError: this client has no cloud.
             CloudUnavailableError: nothing answers. ModelMismatchError: it runs another target.
+            CloudAuthError: it does not know the token.
         """
         if self._service is None:
             service = self._connection().describe(wait=wait)
@@ -285,7 +292,9 @@ class Client:
                 raise ConfigError("this client has no cloud; give HOST:PORT")
             if self._cloud is None:
                 meant = pair_hash(self.bundle.target.fingerprint, self.bundle.tokenizer.fingerprint)
-                self._cloud = Cloud(self._cloud_address, self._tls, self._timeout, meant)
+                self._cloud = Cloud(
+                    self._cloud_address, self._tls, self._timeout, meant, token=self._token, insecure=self._insecure
+                )
             return self._cloud
 
     def _device(self) -> Drafter:

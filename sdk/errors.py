@@ -15,6 +15,7 @@ EdgecloudError
     ├── CloudUnavailableError    nothing answers, after bounded retries
     ├── CloudOverloadedError     it answers that it is full; carries retry_after_s
     ├── CloudRefusedError        it refuses the request as invalid
+    ├── CloudAuthError           it does not know the token, or got none
     ├── ContextMissingError      it lacks the session's tokens; carries cached_length (handled inside the SDK)
     ├── DeadlineExceededError    the time the caller allowed has passed
     ├── ModelMismatchError       it serves another model pair
@@ -96,6 +97,10 @@ class CloudOverloadedError(CloudError):
 
 class CloudRefusedError(CloudError):
     """The service refuses the request as invalid."""
+
+
+class CloudAuthError(CloudError):
+    """The service does not know the token, or got none."""
 
 
 class ContextMissingError(CloudError):

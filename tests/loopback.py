@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,13 @@ import zmq.asyncio
 from edgecloud.cloud.engine import Engine
 from edgecloud.cloud.engine_client import EngineClient
 from edgecloud.cloud.engine_loop import EngineLoop
+from edgecloud.cloud.gate import Gate
 from edgecloud.cloud.messages import Stop, encode
+from edgecloud.cloud.metrics import Metrics
 from edgecloud.cloud.model import TargetModel
-from edgecloud.cloud.server import listening
+from edgecloud.cloud.server import ConnectionLimits, listening
 from edgecloud.cloud.service import Identity, Limits, VerificationService
+from edgecloud.cloud.tenants import Tenants
 from edgecloud.rpc import edgecloud_pb2_grpc as pb_grpc
 
 
@@ -31,6 +34,9 @@ class Loopback:
     address: str
     engine: Engine
     client: EngineClient
+    gate: Gate
+    metrics: Metrics
+    stop: Callable[[], None]  # begin to stop, as SIGTERM does; the second time: at once
 
     @contextmanager
     def stub(self) -> Iterator[pb_grpc.VerificationStub]:
@@ -77,33 +83,45 @@ def loopback(
     target: TargetModel,
     *,
     max_draft_tokens: int = 8,
-    max_message_bytes: int = 1 << 20,
     credentials: grpc.ServerCredentials | None = None,
+    tenants: Tenants | None = None,
+    max_requests: int = 512,
+    slow_reader_s: float = 60.0,
+    connection: ConnectionLimits | None = None,
+    drain_s: float = 0.0,
+    metrics: Metrics | None = None,
     **engine_options: Any,
 ) -> Iterator[Loopback]:
     """Serve `target` with production's engine, service and server, on a thread, until the context is left."""
     engine = Engine(target, **engine_options)
     identity = Identity("0.0", target.folder.name, "m" * 64, "t" * 64, target.vocab_size, "float32")
-    limits = Limits(engine.max_context_tokens, max_draft_tokens, max_message_bytes)
+    limits = Limits(engine.max_context_tokens, max_draft_tokens)
     loop = asyncio.new_event_loop()
     started = threading.Event()
-    stopping = asyncio.Event()
+    stopping, hurry = asyncio.Event(), asyncio.Event()
     found: list[Loopback] = []
+    metrics = metrics or Metrics()
 
     async def serve() -> None:
         async with engine_thread(engine) as runner:
-            service = VerificationService(runner, identity, limits)
-            async with listening(service, "127.0.0.1", 0, max_message_bytes, credentials) as listener:
-                found.append(Loopback(listener.address, engine, runner))
+            service = VerificationService(runner, identity, limits, slow_reader_s=slow_reader_s, metrics=metrics)
+            gate = Gate(tenants, max_requests, metrics)
+            metrics.watch(lambda: runner.load, lambda: gate.num_running)
+            options: Any = {"gate": gate, "connection": connection, "drain_s": drain_s, "hurry": hurry}
+            async with listening(service, "127.0.0.1", 0, credentials, **options) as listener:
+                found.append(Loopback(listener.address, engine, runner, gate, metrics, stop))
                 started.set()
                 await stopping.wait()
 
     def run() -> None:
         try:
-            loop.run_until_complete(serve())
+            with asyncio.Runner(loop_factory=lambda: loop) as front_end:
+                front_end.run(serve())
         finally:
             started.set()
-            loop.close()
+
+    def stop() -> None:
+        loop.call_soon_threadsafe((hurry if stopping.is_set() else stopping).set)
 
     thread = threading.Thread(target=run, name="loopback")
     thread.start()
@@ -112,5 +130,6 @@ def loopback(
     try:
         yield found[0]
     finally:
-        loop.call_soon_threadsafe(stopping.set)
+        with suppress(RuntimeError):  # it has stopped
+            loop.call_soon_threadsafe(stopping.set)
         thread.join()

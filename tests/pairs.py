@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import grpc
 import numpy as np
@@ -202,10 +202,12 @@ def with_eos(pair: Pair, to: Path, *eos_token_ids: int) -> Pair:
 class Server:
     """A real `edgecloud serve` in a process of its own, on this machine."""
 
-    def __init__(self, model: Path, *options: str, port: int = 0) -> None:
+    def __init__(self, model: Path, *options: str, port: int = 0, stderr: IO[str] | int = subprocess.DEVNULL) -> None:
         self._command = [*EDGECLOUD, "serve", str(model), "--threads", "1", "--json", *options]
+        self._stderr = stderr
         self.process = self._start(port)
-        self.address = self._wait()
+        self.serving = self._wait()  # what it says of itself
+        self.address = str(self.serving["address"])
 
     @property
     def port(self) -> int:
@@ -240,19 +242,20 @@ class Server:
 
     def _start(self, port: int) -> subprocess.Popen[str]:
         command = [*self._command, "--port", str(port)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._stderr, text=True)
 
-    def _wait(self) -> str:
+    def _wait(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line, f"the server ended with {self.process.wait()}"
-        return str(json.loads(line)["address"])
+        content: dict[str, Any] = json.loads(line)
+        return content
 
 
 @contextmanager
-def serving(model: Path, *options: str) -> Iterator[Server]:
+def serving(model: Path, *options: str, stderr: IO[str] | int = subprocess.DEVNULL) -> Iterator[Server]:
     """A server of the test's own."""
-    server = Server(model, *options)
+    server = Server(model, *options, stderr=stderr)
     try:
         yield server
     finally:

@@ -19,6 +19,7 @@ from edgecloud.edge.remote import Cloud, RemoteVerifier
 from edgecloud.edge.retry import MAX_REBUILDS, Retry, Timeout
 from edgecloud.edge.speculative import speculate
 from edgecloud.errors import (
+    CloudAuthError,
     CloudError,
     CloudOverloadedError,
     CloudRefusedError,
@@ -198,7 +199,16 @@ def test_a_refusal_is_final(code: grpc.StatusCode) -> None:
         assert len(fake.requests) == 2
 
 
-@pytest.mark.parametrize("code", [grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED])
+def test_an_unknown_token_is_an_error_of_its_own_and_never_asked_again() -> None:
+    with faking(status(grpc.StatusCode.UNAUTHENTICATED, "who?"), timeout=Timeout()) as (fake, cloud):
+        with pytest.raises(CloudAuthError, match=f"{cloud.address}: who?"):
+            RemoteVerifier(cloud).submit([1], [2], GREEDY).result()
+        with pytest.raises(CloudAuthError):
+            decode(cloud)
+        assert len(fake.requests) == 2
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.DATA_LOSS])
 def test_any_other_status_is_a_cloud_error_by_name(code: grpc.StatusCode) -> None:
     with faking(status(code)) as (_, cloud), pytest.raises(CloudError, match=code.name):
         RemoteVerifier(cloud).submit([1], [2], GREEDY).result()

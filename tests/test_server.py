@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,24 @@ def test_mutual_tls_keeps_strangers_out(model: Path, pem: Callable[[str], Path])
     assert server.process.returncode == 0
 
 
+def test_a_certificate_that_has_expired_is_worth_nothing_on_either_side(
+    model: Path, authority: trustme.CA, pem: Callable[[str], Path], tmp_path: Path
+) -> None:
+    past = datetime.now(UTC) - timedelta(days=1)
+    for name in ("127.0.0.1", "phone"):
+        expired = authority.issue_cert(name, not_before=past - timedelta(days=1), not_after=past)
+        expired.private_key_pem.write_to_path(tmp_path / f"{name}.key")
+        expired.cert_chain_pems[0].write_to_path(tmp_path / f"{name}.pem")
+    old_server = ServerConfig(tls_cert=tmp_path / "127.0.0.1.pem", tls_key=tmp_path / "127.0.0.1.key")
+    server = ServerConfig(tls_cert=pem("server.pem"), tls_key=pem("server.key"), client_ca=pem("ca.pem"))
+    old_client = TLS(pem("ca.pem"), tmp_path / "phone.pem", tmp_path / "phone.key")
+    for config, tls in ((old_server, TLS(pem("ca.pem"))), (server, old_client)):
+        with loopback(TargetModel(model), credentials=server_module._credentials(config)) as listening:
+            words = f"{listening.address} does not answer"
+            with pytest.raises(CloudUnavailableError, match=words):
+                handshake(listening.address, tls)
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.1", "::", "example.org"])
 def test_plaintext_off_loopback_takes_a_word_of_consent(host: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     error = refused(capsys, 2, model, "--host", host)
@@ -268,6 +287,8 @@ def test_a_config_that_is_none(copy: Path, content: str, capsys: pytest.CaptureF
         (["--cache-mb", "0"], "cache_bytes is 0"),
         (["--threads", "-1"], "num_threads is -1"),
         (["--idle-s", "nan"], "idle_s is nan"),
+        (["--metrics-port", "70000"], "metrics_port is 70000"),
+        (["--tokens-file", "no-such-file"], "no-such-file cannot be read"),
         (["--dtype", "int8"], "dtype is 'int8'"),
         (["--device", "abacus"], "device is 'abacus'"),
         (["--page-size", "10000000", "--cache-mb", "1"], "a cache of 1048576 bytes holds no page"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,7 @@ import typer
 
 from edgecloud.cli.app import app
 from edgecloud.cli.output import JsonFlag, print_json
-from edgecloud.errors import EdgecloudError
+from edgecloud.errors import ConfigError, EdgecloudError
 from edgecloud.types import ModeChoice
 
 
@@ -34,6 +35,11 @@ def generate(
     tls: Annotated[bool, typer.Option("--tls", help="Connect by TLS and trust the system's certificates.")] = False,
     tls_cert: Annotated[Path | None, typer.Option(help="Own PEM certificate, for mutual TLS.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Own PEM key, for mutual TLS.")] = None,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(help="File that holds the service's token; without it, EDGECLOUD_TOKEN. Others see command lines."),
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Let the token travel in plaintext off this machine.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Encode the prompt as it is, without the chat template.")] = False,
     json: JsonFlag = False,
 ) -> None:
@@ -44,7 +50,10 @@ def generate(
 
     text = sys.stdin.read() if prompt == "-" else prompt
     secure = TLS(tls_ca, tls_cert, tls_key) if tls or tls_ca or tls_cert else None
-    with Client(bundle, cloud, tls=secure, num_draft_tokens=num_draft_tokens, num_threads=threads) as client:
+    with Client(
+        bundle, cloud, tls=secure, token=_token(token_file), insecure=insecure,
+        num_draft_tokens=num_draft_tokens, num_threads=threads,
+    ) as client:  # fmt: skip
         stream = client.stream(
             text, raw=raw, mode=mode, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
             repetition_penalty=repetition_penalty, seed=seed, stop_strings=stop or (), deadline_s=deadline_s,
@@ -68,3 +77,15 @@ def generate(
             sys.stdout.write("\n")
         if interrupted:
             raise typer.Exit(130)
+
+
+def _token(file: Path | None) -> str | None:
+    """The token of a file, or of the environment; None: neither is given. Raises ConfigError."""
+    if file is None:
+        return os.environ.get("EDGECLOUD_TOKEN") or None
+    try:
+        return file.read_text(encoding="ascii").strip()
+    except OSError as error:
+        raise ConfigError(f"--token-file {file} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--token-file {file} holds no token; put there what `edgecloud token` printed") from error

@@ -17,6 +17,7 @@ from edgecloud.sampling import SamplingSettings
 PROTOCOL_VERSION = 1
 SERVICE_NAME = "edgecloud.v1.Verification"
 ERROR_DETAIL_KEY = "edgecloud-error-bin"  # trailing metadata: a serialized ErrorDetail
+AUTHORIZATION_KEY = "authorization"  # metadata of a request: Bearer TOKEN
 SESSION_ID_BYTES = 16
 
 

@@ -1,0 +1,62 @@
+"""One OpenTelemetry span a Verify or Decode, by the API alone: without an SDK in the process it costs next to nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from opentelemetry import trace
+
+from edgecloud.cloud.work import Extend, Extended
+
+
+class CallSpan:
+    """A span under way, and what it adds up: sizes and times, never token ids."""
+
+    def __init__(self, span: trace.Span) -> None:
+        self._span = span
+        self._num_answers = 0
+        self._queue_ms = 0.0
+        self._forward_ms = 0.0
+        self._target_passes = 0.0
+
+    def extended(self, answer: Extended) -> None:
+        """The engine has answered: a verdict, or a token of a stream."""
+        self._num_answers += 1
+        self._queue_ms += answer.queue_ms
+        self._forward_ms += answer.compute_ms
+        self._target_passes += answer.target_passes
+        self._span.set_attribute("edgecloud.num_accepted", answer.num_accepted)
+
+    def totals(self) -> dict[str, float]:
+        """What it took, as attributes."""
+        return {
+            "edgecloud.num_answers": self._num_answers,
+            "edgecloud.queue_ms": self._queue_ms,
+            "edgecloud.forward_ms": self._forward_ms,
+            "edgecloud.target_passes": self._target_passes,
+        }
+
+
+@contextmanager
+def call_span(name: str, extend: Extend, tenant: str) -> Iterator[CallSpan]:
+    """A span that ends with the context. What breaks it is told by its type only: messages might quote a request."""
+    span = trace.get_tracer("edgecloud").start_span(
+        f"edgecloud.{name}",
+        kind=trace.SpanKind.SERVER,
+        attributes={
+            "edgecloud.tenant": tenant,
+            "edgecloud.num_context_tokens": extend.context_start + len(extend.context_ids),
+            "edgecloud.num_new_context_tokens": len(extend.context_ids),
+            "edgecloud.num_draft_tokens": len(extend.draft_ids),
+        },
+    )
+    call = CallSpan(span)
+    try:
+        yield call
+    except BaseException as error:
+        span.set_status(trace.StatusCode.ERROR, type(error).__name__)
+        raise
+    finally:
+        span.set_attributes(call.totals())
+        span.end()
