@@ -89,7 +89,8 @@ class Engine:
     @property
     def load(self) -> EngineLoad:
         """As it is between two passes."""
-        waiting = sum(len(jobs) for jobs in self._deferred.values()) + sum(job.target_passes == 0 for job in self._jobs)
+        untouched = sum(job.num_emitted == 0 and job.target_passes == 0 for job in self._jobs)
+        waiting = untouched + sum(len(jobs) for jobs in self._deferred.values())
         return EngineLoad(len(self._sessions), waiting, self._pool.num_free, self._pool.num_pages, self._fit.cost)
 
     def step(self) -> None:

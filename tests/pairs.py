@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import grpc
 import numpy as np
@@ -33,6 +33,7 @@ from transformers import AutoModelForCausalLM
 from edgecloud.bundle import MANIFEST
 from edgecloud.edge.link_config import LinkConfig
 from edgecloud.edge.relay import Relay
+from edgecloud.errors import CloudUnavailableError
 from edgecloud.fingerprint import sha256_file
 from edgecloud.kernels.choice import gumbel, process
 from edgecloud.partitioner.inputs import check_inputs
@@ -40,6 +41,8 @@ from edgecloud.partitioner.partition import partition
 from edgecloud.rpc import edgecloud_pb2 as pb
 from edgecloud.rpc import edgecloud_pb2_grpc as pb_grpc
 from edgecloud.sampling import SamplingSettings
+
+Answer = TypeVar("Answer")
 
 # A shell starts background jobs with Ctrl-C ignored, and what is ignored is inherited: the child must not.
 ENTRY = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from edgecloud.cli import main; main()"
@@ -281,6 +284,17 @@ def until(holds: Callable[[], bool]) -> None:
     while not holds():
         assert time.monotonic() < end_s, "it did not come to hold"
         time.sleep(0.02)
+
+
+def once_reachable(ask: Callable[[], Answer]) -> Answer:
+    """Ask until the cloud is found again: an impatient client gives up before gRPC tries a lost connection once more."""
+    end_s = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return ask()
+        except CloudUnavailableError:
+            if time.monotonic() > end_s:
+                raise
 
 
 # The way to a server

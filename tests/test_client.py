@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pairs import Gate, Pair, Server, copy_of, edit_manifest, free_port, serving, until
+from pairs import Gate, Pair, Server, copy_of, edit_manifest, free_port, once_reachable, serving, until
 from tiny import make_tiny_llama
 
 from edgecloud.aio import AsyncClient, AsyncSession
@@ -376,15 +376,8 @@ def test_a_cloud_lost_midway_leaves_what_was_final(tiny_pair: Pair, gate: Gate, 
         assert whole.text.startswith(reply.text)
         assert text_of(events) == reply.text
         gate.open()
-        again = None
-        for _ in range(50):  # so impatient a client gives up before gRPC tries the connection again
-            try:
-                again = client.generate(PROMPT, mode=mode, max_new_tokens=300, repetition_penalty=1.2)
-                break
-            except CloudUnavailableError:
-                continue
-        assert again is not None  # the client is as good as new
-        assert again.token_ids == whole.token_ids
+        again = once_reachable(lambda: client.generate(PROMPT, mode=mode, max_new_tokens=300, repetition_penalty=1.2))
+        assert again.token_ids == whole.token_ids  # the client is as good as new
 
 
 def test_auto_goes_on_alone_when_the_cloud_is_lost(tiny_pair: Pair, gate: Gate) -> None:

@@ -201,7 +201,7 @@ def started(tiny_pair: Pair) -> Iterator[subprocess.Popen[str]]:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
 def test_nothing_outlives_it(started: subprocess.Popen[str], number: int, code: int) -> None:
     children = descendants(started.pid)
-    assert len(children) == 4  # the service and three links
+    assert len(children) == 5  # the service, its engine and three links
     started.send_signal(number)
     started.communicate()
     assert started.returncode == code

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pairs import Gate, Pair, Server, copy_of, edit_manifest, list_file, until
+from pairs import Gate, Pair, Server, copy_of, edit_manifest, list_file, once_reachable, until
 from tiny import CHAT_TEMPLATE
 
 from edgecloud.client import Client
@@ -102,7 +102,7 @@ def test_a_turn_left_early_changes_nothing(client: Client, mode: str) -> None:
 
 
 def test_a_turn_that_broke_changes_nothing_and_can_be_taken_again(tiny_pair: Pair, gate: Gate) -> None:
-    timeout = Timeout(connect_s=0.5, request_s=2.0, retry_s=0.3)
+    timeout = Timeout(connect_s=2.0, request_s=10.0, retry_s=0.3)
     options: dict[str, Any] = {"mode": "speculative", "max_new_tokens": 100, "repetition_penalty": 1.2}
     with Client(tiny_pair.bundle, gate.address, timeout=timeout, num_threads=1) as client, client.session() as session:
         session.generate(TURNS[0], **SAMPLED)
@@ -114,7 +114,7 @@ def test_a_turn_that_broke_changes_nothing_and_can_be_taken_again(tiny_pair: Pai
             stream.finish()
         assert (session.token_ids, session.messages) == before
         gate.open()
-        reply = session.generate(TURNS[1], **options)
+        reply = once_reachable(lambda: session.generate(TURNS[1], **options))
         prompt = session.token_ids[: -len(reply.token_ids)]
         assert client.start(prompt, None, **{**options, "mode": "cloud"}).finish().token_ids == reply.token_ids
 
