@@ -79,9 +79,10 @@ class Batcher:
     are left, as many as keep the pass within `STRETCH` of what it would have taken without them.
     """
 
-    def __init__(self, sessions: SessionStore, max_rows: int, fit: PassCostFit) -> None:
+    def __init__(self, sessions: SessionStore, max_rows: int, fit: PassCostFit, fewest_shared: int = 0) -> None:
         self._sessions = sessions
         self._max_rows = max_rows
+        self._fewest_shared = fewest_shared  # tokens
         self._fit = fit
         self._rows_had: dict[str, float] = {}  # by tenant, since it last was idle
 
@@ -92,7 +93,7 @@ class Batcher:
         self._welcome({job.request.tenant for job in jobs})
         for job in jobs:
             if not job.open_session.table.num_pages:  # new, or evicted: others may have read the same
-                job.open_session.table.adopt(job.open_session.tokens[: job.context_length - 1])
+                job.open_session.table.adopt(job.open_session.tokens[: job.context_length - 1], self._fewest_shared)
             job.is_prompt |= job.num_rows > SHORT_ROWS
         self._share_out([job for job in jobs if not job.is_prompt], self._max_rows, now_s, shares, starved)
         self._share_out([job for job in jobs if job.is_prompt], self._rows_for_prompts(shares), now_s, shares, starved)

@@ -24,6 +24,9 @@ from edgecloud.kernels.choice_torch import ChoiceRow
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_MS = 500
+# A prefix of fewer tokens is computed rather than shared: it would split the context in two runs, and every pass that reads
+# two pays more than one short prefill.
+FEWEST_SHARED = 128
 IDLE_CHECK_S = 1.0
 CANCELLED_GRACE_S = 10.0  # a client that went away may come back this long before its session is dropped
 
@@ -44,6 +47,7 @@ class Engine:
         max_rows: int = 512,
         max_sessions: int = 1024,
         idle_s: float = 300.0,
+        fewest_shared: int = FEWEST_SHARED,
     ) -> None:
         num_pages = cache_bytes // (page_size * model.bytes_per_token)
         if num_pages < 1:
@@ -56,7 +60,7 @@ class Engine:
         self._pool = PagePool(num_pages, page_size, self._kv.copy)
         self._sessions = SessionStore(self._pool, max_sessions, idle_s)
         self._fit = PassCostFit()
-        self._batcher = Batcher(self._sessions, max_rows, self._fit)
+        self._batcher = Batcher(self._sessions, max_rows, self._fit, fewest_shared)
         self._jobs: list[Job] = []  # admitted: one a session
         self._deferred: dict[bytes, deque[Job]] = {}  # a session does one thing at a time, the rest waits here
         self._next_idle_check_s = 0.0

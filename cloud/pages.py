@@ -142,8 +142,11 @@ class PageTable:
         """Pages held, whether full or not."""
         return len(self._pages)
 
-    def adopt(self, tokens: Sequence[int]) -> None:
-        """Hold what is published of `tokens`, as far as full pages reach. For a table that holds nothing."""
+    def adopt(self, tokens: Sequence[int], fewest: int = 0) -> None:
+        """Hold what is published of `tokens`, as far as full pages reach; less than `fewest` tokens are left alone.
+
+        For a table that holds nothing.
+        """
         assert not self._pages, "a table adopts pages before it has any of its own"
         for start in range(0, len(tokens) - self._pool.page_size + 1, self._pool.page_size):
             digest = self._next_digest(tokens[start : start + self._pool.page_size])
@@ -153,6 +156,8 @@ class PageTable:
             self._pages.append(page)
             self._digests.append(digest)
         self.length = len(self._pages) * self._pool.page_size
+        if self.length < fewest:
+            self.release()
 
     def publish(self, tokens: Sequence[int]) -> None:
         """Let others find the full pages. `tokens` begin with those that the table holds."""

@@ -82,19 +82,19 @@ def _many_runs(
     num_rows, heads, head_dim = rows.shape
     kv_heads = keys.shape[0]
     group = heads // kv_heads
-    q = rows.view(num_rows, kv_heads, group, head_dim).permute(1, 2, 0, 3).reshape(kv_heads, group * num_rows, head_dim)
-    scores = torch.cat([q @ keys[:, first:last].transpose(1, 2) for first, last in segment.runs], dim=2) * scaling
+    q = rows.view(num_rows, kv_heads, group, head_dim).permute(1, 2, 0, 3).reshape(kv_heads, group * num_rows, head_dim) * scaling
+    scores = torch.cat([q @ keys[:, first:last].transpose(1, 2) for first, last in segment.runs], dim=2)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    mask = causal_mask(segment, sliding_window, rows.device)
-    scores = scores.view(kv_heads, group, num_rows, segment.length).masked_fill(~mask, -torch.inf)
-    weights = torch.softmax(scores, dim=3, dtype=torch.float32).to(rows.dtype)
-    weights = weights.view(kv_heads, group * num_rows, segment.length)
-    attended = rows.new_zeros(kv_heads, group * num_rows, values.shape[2])
-    at = 0
-    for first, last in segment.runs:
-        attended += weights[:, :, at : at + last - first] @ values[:, first:last]
-        at += last - first
+    if num_rows > 1 or sliding_window is not None:  # a single row sees all that there is
+        mask = causal_mask(segment, sliding_window, rows.device)
+        by_row = scores.view(kv_heads, group, num_rows, segment.length).masked_fill_(~mask, -torch.inf)
+        scores = by_row.view(kv_heads, group * num_rows, segment.length)
+    weights = torch.softmax(scores, dim=2, dtype=torch.float32).to(rows.dtype)
+    parts = weights.split([last - first for first, last in segment.runs], dim=2)
+    attended = parts[0] @ values[:, slice(*segment.runs[0])]
+    for part, run in zip(parts[1:], segment.runs[1:], strict=True):
+        attended += part @ values[:, slice(*run)]
     return attended.view(kv_heads, group, num_rows, -1).permute(2, 0, 1, 3).reshape(num_rows, heads, -1)
 
 

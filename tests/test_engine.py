@@ -122,7 +122,7 @@ class Driver:
     def __init__(self, target: Target, *, room_tokens: int = 128, page_size: int = 4, **options: Any) -> None:
         num_pages = -(-room_tokens // page_size)
         cache_bytes = num_pages * page_size * target.served.bytes_per_token
-        self.engine = Engine(target.served, cache_bytes=cache_bytes, page_size=page_size, **options)
+        self.engine = Engine(target.served, **{"fewest_shared": 0, **options}, cache_bytes=cache_bytes, page_size=page_size)
         self.open: list[Asked] = []
 
     def ask(self, request: Extend, **options: Any) -> Asked:
@@ -383,6 +383,15 @@ def test_what_another_session_has_read_is_not_read_again(target: Target) -> None
     asked = driver.answer(whole([*prompt[:21], 1, 2, 3], sampling=SAMPLED, max_new_tokens=3))
     assert target.num_rows - before == 4 + 2  # 20 tokens lie in full pages; then one row a token
     assert_plain(target, asked)
+
+
+def test_a_prefix_too_short_to_pay_is_read_again(target: Target) -> None:
+    driver = Driver(target, page_size=4, fewest_shared=20)
+    driver.answer(whole(prompt_of(30)))
+    for num_common, num_rows in ((19, 24), (20, 5)):
+        before = target.num_rows
+        assert_plain(target, driver.answer(whole([*prompt_of(num_common), 1, 2, 3, 4, 5][: num_common + 5])))
+        assert target.num_rows - before == num_rows
 
 
 def test_tenants_do_not_share(target: Target) -> None:
