@@ -91,10 +91,11 @@ def _many_runs(
         by_row = scores.view(kv_heads, group, num_rows, segment.length).masked_fill_(~mask, -torch.inf)
         scores = by_row.view(kv_heads, group * num_rows, segment.length)
     weights = torch.softmax(scores, dim=2, dtype=torch.float32).to(rows.dtype)
-    parts = weights.split([last - first for first, last in segment.runs], dim=2)
-    attended = parts[0] @ values[:, slice(*segment.runs[0])]
-    for part, run in zip(parts[1:], segment.runs[1:], strict=True):
-        attended += part @ values[:, slice(*run)]
+    attended = rows.new_zeros(kv_heads, group * num_rows, values.shape[2])
+    at = 0
+    for first, last in segment.runs:
+        attended += weights[:, :, at : at + last - first] @ values[:, first:last]
+        at += last - first
     return attended.view(kv_heads, group, num_rows, -1).permute(2, 0, 1, 3).reshape(num_rows, heads, -1)
 
 
