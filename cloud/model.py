@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own habit
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from edgecloud.cloud.attention import PAGED_ATTENTION, KVPool, PagedBatch, register, tensor_ids
 from edgecloud.cloud.pages import PagePool, PageTable
+from edgecloud.cloud.weights import check_safetensors
 from edgecloud.errors import ConfigError, ModelError
 from edgecloud.fingerprint import read_json
 from edgecloud.kernels.backend import backend_for
@@ -94,19 +95,6 @@ def eos_token_ids(folder: Path) -> list[int]:
     except OSError:
         eos = read_json(folder / "config.json").get("eos_token_id")
     return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-
-
-def check_safetensors(folder: Path) -> None:
-    """Open the header of every weight file. Raises ModelError that names the first broken one."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ModelError(f"{folder} holds no *.safetensors file; save the model with save_pretrained")
-    for path in files:
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path} is truncated or damaged ({error}); fetch or copy it again") from error
 
 
 def _device(name: str) -> torch.device:

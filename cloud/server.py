@@ -24,6 +24,7 @@ from edgecloud.cloud.metrics import Metrics
 from edgecloud.cloud.service import Identity, Limits, VerificationService
 from edgecloud.cloud.supervisor import Supervisor
 from edgecloud.cloud.tenants import Tenants
+from edgecloud.cloud.weights import check_safetensors
 from edgecloud.errors import BundleError, ConfigError, ModelError, ServerError
 from edgecloud.fingerprint import model_fingerprint, tokenizer_fingerprint
 from edgecloud.hosts import is_loopback
@@ -148,6 +149,7 @@ def serve(model: Path, config: ServerConfig, on_serving: Callable[[Serving], Non
         _check_port_free(config.host, config.metrics_port)
     tenants = None if config.tokens_file is None else Tenants(config.tokens_file)
     folder, name, expected = _target(model)
+    check_safetensors(folder)
     fingerprint = model_fingerprint(folder)
     if expected is not None and fingerprint != expected:
         raise ModelError(f"{folder} has fingerprint {fingerprint}, its bundle says {expected}; make the bundle again")

@@ -461,24 +461,24 @@ def test_lateness_does_not_add_up() -> None:
 
 def test_a_stall_delivers_nothing_and_everything_afterwards() -> None:
     async def ticks(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        for _i in range(40):
+        for _i in range(80):
             writer.write(struct.pack("d", time.monotonic()))
             await asyncio.sleep(0.02)
 
     async def test() -> None:
         start_s = time.monotonic()
-        async with linked(ticks, outages=(Outage(0.2, 0.4),)) as relay:
+        async with linked(ticks, outages=(Outage(1.0, 0.4),)) as relay:
             late_s = time.monotonic() - start_s  # the link's time is behind ours by at most this
             async with connected(relay) as (reader, _):
                 pairs = []
                 while len(data := await reader.read(8)) == 8:
                     pairs.append((struct.unpack("d", data)[0] - start_s, time.monotonic() - start_s))
-        assert len(pairs) == 40
+        assert len(pairs) == 80
         assert [sent for sent, _ in pairs] == sorted(sent for sent, _ in pairs)
-        held = [(sent, received) for sent, received in pairs if 0.2 + late_s < sent < 0.6]
+        held = [(sent, received) for sent, received in pairs if 1.0 + late_s < sent < 1.4]
         assert len(held) > 5
-        assert min(received for _, received in held) >= 0.6 - EARLY_S
-        assert min(received for _, received in pairs) < 0.6
+        assert min(received for _, received in held) >= 1.4 - EARLY_S
+        assert min(received for _, received in pairs) < 1.4  # what came before it was not held
 
     run(test())
 

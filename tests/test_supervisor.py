@@ -25,7 +25,7 @@ from edgecloud.rpc import edgecloud_pb2_grpc as pb_grpc
 pytest_plugins = ["pairs"]
 
 NUM_CLIENTS = 8
-NUM_KILLS = int(os.environ.get("EDGECLOUD_TEST_KILLS", "2"))  # a restart takes seconds; 20 make a run of some minutes
+NUM_KILLS = int(os.environ.get("EDGECLOUD_TEST_KILLS", "1"))  # a restart takes seconds; 20 make a run of some minutes
 
 
 @pytest.fixture(scope="module")
