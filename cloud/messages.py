@@ -1,10 +1,8 @@
 """What the front end and the engine's process say to each other: msgpack over one ZeroMQ pair socket.
 
-front end                         engine
-Start           ->                          once, first
-<-     Ready | StartFailed  once
-Submit, Cancel, Release, Stop  ->
-<-     Answers              one a pass, and whenever something was answered without one
+- `Start` goes to the engine once and first; it answers `Ready` or `StartFailed`.
+- `Submit`, `Cancel`, `Release` and `Stop` go to the engine at any time.
+- `Answers` come back after a pass, and whenever something was answered without one.
 """
 
 from __future__ import annotations

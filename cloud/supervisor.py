@@ -19,7 +19,7 @@ from edgecloud import errors
 from edgecloud.cloud.engine_client import EngineClient
 from edgecloud.cloud.messages import MESSAGES_VERSION, EngineConfig, Ready, Start, StartFailed, Stop, decode_from_engine, encode
 from edgecloud.cloud.work import Answer, EngineLoad, Extend, Gone
-from edgecloud.errors import EdgecloudError, ServerError
+from edgecloud.errors import ServerError
 
 logger = logging.getLogger(__name__)
 
@@ -84,11 +84,6 @@ class Supervisor:
         """As it was after the last pass."""
         return self._load if self._client is None else self._client.load
 
-    @property
-    def is_running(self) -> bool:
-        """Whether there is an engine now."""
-        return self._client is not None
-
     async def _start(self) -> tuple[asyncio.subprocess.Process, zmq.asyncio.Socket, Ready]:
         """A new process on a socket of its own, so that nothing of an older one can be taken for its answer."""
         self._num_started += 1
@@ -121,7 +116,7 @@ class Supervisor:
                 backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
                 try:
                     process, socket, ready = await self._start()
-                except EdgecloudError:
+                except Exception:  # no memory, no process, no room for a socket: whatever it was may pass
                     logger.exception("the engine does not start; the next attempt comes in %.1f s", backoff_s)
                 else:
                     break
@@ -143,6 +138,7 @@ class Supervisor:
             self._load, self._client = EngineLoad(0, 0, 0, client.load.num_pages), None
             await self.on_change(False)
             receiving.cancel()
+            client.give_up("the engine has died and is started again")
             if process.returncode is None:
                 socket.send(encode(Stop()))
                 with suppress(TimeoutError):
@@ -150,7 +146,6 @@ class Supervisor:
             if process.returncode is None:
                 process.kill()
             await ended
-            client.give_up("the engine has died and is started again")
             socket.close()
         return client.has_answered
 
@@ -162,7 +157,6 @@ class Supervisor:
 async def _readiness(process: asyncio.subprocess.Process, socket: zmq.asyncio.Socket) -> Ready:
     """What the process says first. Raises what it could not start for."""
     said = asyncio.ensure_future(socket.recv())
-    ended = asyncio.create_task(process.wait())
     ended = asyncio.create_task(process.wait())
     await asyncio.wait([said, ended], return_when=asyncio.FIRST_COMPLETED)
     with suppress(TimeoutError):  # it may have said something and ended at once

@@ -40,7 +40,7 @@ def ragged_paged_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
 ) -> Floats:
-    """Causal attention of every row over its own context.
+    """Causal attention of every row over its own context. `segments` cover the rows, in order.
 
     query: [rows, heads, head_dim]; keys: [kv_heads, slots, head_dim]; values: [kv_heads, slots, value_dim]
     -> [rows, heads, value_dim]. Query head h reads kv head h // (heads / kv_heads). `sliding_window` w: a row at position p

@@ -25,28 +25,15 @@ def ragged_paged_attention(
     softcap: float | None = None,
 ) -> Tensor:
     """Shapes as in the reference: [rows, heads, head_dim] -> [rows, heads, value_dim]."""
-    if len(segments) == 1:
-        return _attend(query, keys, values, segments[0], scaling, sliding_window, softcap)
-    out = query.new_empty(query.shape[0], query.shape[1], values.shape[2])
+    parts = []
     for segment in segments:
         rows = query[segment.start : segment.stop]
-        out[segment.start : segment.stop] = _attend(rows, keys, values, segment, scaling, sliding_window, softcap)
-    return out
-
-
-def _attend(
-    rows: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    segment: Segment,
-    scaling: float,
-    sliding_window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    windowed = sliding_window is not None and segment.length > sliding_window
-    if len(segment.runs) == 1 and softcap is None and not windowed:
-        return _one_run(rows, keys, values, segment, scaling)
-    return _many_runs(rows, keys, values, segment, scaling, sliding_window, softcap)
+        windowed = sliding_window is not None and segment.length > sliding_window
+        if len(segment.runs) == 1 and softcap is None and not windowed:
+            parts.append(_one_run(rows, keys, values, segment, scaling))
+        else:
+            parts.append(_many_runs(rows, keys, values, segment, scaling, sliding_window, softcap))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _one_run(rows: Tensor, keys: Tensor, values: Tensor, segment: Segment, scaling: float) -> Tensor:

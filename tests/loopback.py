@@ -8,12 +8,17 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import grpc
+import pytest
+import torch
 import zmq
 import zmq.asyncio
+from pairs import PATIENCE_S
 
+from edgecloud.cloud.attention import PagedBatch
 from edgecloud.cloud.engine import Engine
 from edgecloud.cloud.engine_client import EngineClient
 from edgecloud.cloud.engine_loop import EngineLoop
@@ -24,6 +29,8 @@ from edgecloud.cloud.model import TargetModel
 from edgecloud.cloud.server import ConnectionLimits, listening
 from edgecloud.cloud.service import Identity, Limits, VerificationService
 from edgecloud.cloud.tenants import Tenants
+from edgecloud.rpc import codec
+from edgecloud.rpc import edgecloud_pb2 as pb
 from edgecloud.rpc import edgecloud_pb2_grpc as pb_grpc
 
 
@@ -133,3 +140,47 @@ def loopback(
         with suppress(RuntimeError):  # it has stopped
             loop.call_soon_threadsafe(stopping.set)
         thread.join()
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """Before every pass of a target."""
+
+    opened: threading.Event
+    reached: threading.Event
+
+
+@contextmanager
+def holding_back(target: TargetModel) -> Iterator[Barrier]:
+    """No pass begins before the barrier is opened."""
+    barrier = Barrier(threading.Event(), threading.Event())
+    forward = target.forward
+
+    def wait(batch: PagedBatch) -> torch.Tensor:
+        barrier.reached.set()
+        assert barrier.opened.wait(PATIENCE_S)
+        return forward(batch)
+
+    with patch.object(target, "forward", wait):
+        yield barrier
+        barrier.opened.set()
+
+
+class Refusal(NamedTuple):
+    """A status other than OK, and what came beside it."""
+
+    code: grpc.StatusCode
+    words: str
+    detail: pb.ErrorDetail
+
+
+def refusal_of(call: Callable[[], object]) -> Refusal:
+    """How a call ends that must not succeed."""
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    error: Any = caught.value
+    detail = pb.ErrorDetail()
+    for key, value in error.trailing_metadata() or ():
+        if key == codec.ERROR_DETAIL_KEY:
+            detail.ParseFromString(value)
+    return Refusal(error.code(), error.details(), detail)

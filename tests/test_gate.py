@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from loopback import loopback
+from loopback import Barrier, holding_back, loopback, refusal_of
 from pairs import PATIENCE_S, Server, plain_target, until
 from tiny import make_tiny_llama
 
-from edgecloud.cloud.attention import PagedBatch
 from edgecloud.cloud.model import TargetModel
 from edgecloud.cloud.server import ConnectionLimits, ServerConfig
 from edgecloud.cloud.tenants import new_token, token_line
@@ -39,18 +36,9 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> TargetModel:
 
 
 @pytest.fixture
-def held_back(target: TargetModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """No pass begins before this is set."""
-    opened = threading.Event()
-    forward = target.forward
-
-    def wait(batch: PagedBatch) -> torch.Tensor:
-        assert opened.wait(PATIENCE_S)
-        return forward(batch)
-
-    monkeypatch.setattr(target, "forward", wait)
-    yield opened
-    opened.set()
+def held_back(target: TargetModel) -> Iterator[Barrier]:
+    with holding_back(target) as barrier:
+        yield barrier
 
 
 def verify_request(**fields: Any) -> pb.VerifyRequest:
@@ -59,12 +47,6 @@ def verify_request(**fields: Any) -> pb.VerifyRequest:
 
 def decode_request(**fields: Any) -> pb.DecodeRequest:
     return pb.DecodeRequest(**{"session_id": os.urandom(16), "context_ids": PROMPT, "max_new_tokens": 4, **fields})
-
-
-def failure_of(call: Callable[[], object]) -> Any:
-    with pytest.raises(grpc.RpcError) as caught:
-        call()
-    return caught.value
 
 
 def health_of(address: str) -> int:
@@ -81,41 +63,38 @@ def tokens_of(replies: Any) -> list[int]:
 # How much at a time
 
 
-def test_a_server_with_enough_to_do_says_when_to_come_again_and_is_healthy(target: TargetModel, held_back: threading.Event) -> None:
+def test_a_server_with_enough_to_do_says_when_to_come_again_and_is_healthy(target: TargetModel, held_back: Barrier) -> None:
     with loopback(target, max_requests=2) as server, server.stub() as stub:
         first = [stub.Verify.future(verify_request()) for _ in range(2)]
         until(lambda: server.gate.num_running == 2)
         with server.stub() as other:  # of all connections together
-            error = failure_of(lambda: other.Verify(verify_request()))
-        detail = pb.ErrorDetail.FromString(dict(error.trailing_metadata())[codec.ERROR_DETAIL_KEY])
-        assert (error.code(), detail.retry_after_ms) == (Code.RESOURCE_EXHAUSTED, 500)
+            error = refusal_of(lambda: other.Verify(verify_request()))
+        assert (error.code, error.detail.retry_after_ms) == (Code.RESOURCE_EXHAUSTED, 500)
         assert health_of(server.address) == Health.SERVING
-        held_back.set()
+        held_back.opened.set()
         assert [future.result().cached_length for future in first] == [6, 6]
         assert stub.Verify(verify_request()).cached_length == 6
 
 
-def test_what_is_too_much_for_one_connection_waits_in_the_client(target: TargetModel, held_back: threading.Event) -> None:
+def test_what_is_too_much_for_one_connection_waits_in_the_client(target: TargetModel, held_back: Barrier) -> None:
     with loopback(target, connection=ConnectionLimits(max_requests=1)) as server, server.stub() as stub:
         futures = [stub.Verify.future(verify_request()) for _ in range(3)]
         until(lambda: server.gate.num_running == 1)
         with server.stub() as other:  # another connection is not kept waiting by it
             other.Describe(pb.DescribeRequest(), timeout=PATIENCE_S)
         assert server.gate.num_running == 1
-        held_back.set()
+        held_back.opened.set()
         assert [future.result().cached_length for future in futures] == [6, 6, 6]
 
 
-def test_a_connection_that_has_reached_its_age_is_renewed_without_losing_a_stream(
-    target: TargetModel, held_back: threading.Event
-) -> None:
+def test_a_connection_that_has_reached_its_age_is_renewed_without_losing_a_stream(target: TargetModel, held_back: Barrier) -> None:
     states: list[grpc.ChannelConnectivity] = []
     with loopback(target, connection=ConnectionLimits(max_age_s=0.3)) as server, server.channel() as channel:
         channel.subscribe(states.append)
         stub = pb_grpc.VerificationStub(channel)
         stream = stub.Decode(decode_request())
         until(lambda: grpc.ChannelConnectivity.READY in states and states[-1] != grpc.ChannelConnectivity.READY)
-        held_back.set()
+        held_back.opened.set()
         assert plain_target(target.folder).decode(PROMPT, 4).agrees_with(tokens_of(stream))
         assert stub.Verify(verify_request(), wait_for_ready=True).cached_length == 6
 
@@ -129,8 +108,8 @@ def test_a_reader_that_takes_no_message_is_left_and_its_session_freed(target: Ta
         next(stream)
         until(lambda: server.gate.num_running == 0)
         until(lambda: not server.engine._jobs)
-        error = failure_of(lambda: list(stream))
-        assert (error.code(), error.details()) == (Code.CANCELLED, "no message was taken for 0.2 s")
+        error = refusal_of(lambda: list(stream))
+        assert (error.code, error.words) == (Code.CANCELLED, "no message was taken for 0.2 s")
         with server.stub() as stub:
             assert stub.Verify(verify_request()).cached_length == 6
 
@@ -152,9 +131,7 @@ def test_a_limit_that_cannot_work_is_refused_by_name(name: str) -> None:
 # How it stops
 
 
-def test_stopping_says_so_first_turns_new_requests_away_and_lets_streams_end(
-    target: TargetModel, held_back: threading.Event
-) -> None:
+def test_stopping_says_so_first_turns_new_requests_away_and_lets_streams_end(target: TargetModel, held_back: Barrier) -> None:
     with loopback(target, drain_s=PATIENCE_S) as server, server.stub() as stub:
         stream = stub.Decode(decode_request(max_new_tokens=9))
         until(lambda: server.gate.num_running == 1)
@@ -162,10 +139,10 @@ def test_stopping_says_so_first_turns_new_requests_away_and_lets_streams_end(
         until(lambda: health_of(server.address) == Health.NOT_SERVING)
         for other in (server.stub(), server.stub()):
             with other as late:
-                error = failure_of(lambda late=late: late.Verify(verify_request()))  # type: ignore[misc]
-                assert (error.code(), "stopping" in error.details()) == (Code.UNAVAILABLE, True)
+                error = refusal_of(lambda late=late: late.Verify(verify_request()))  # type: ignore[misc]
+                assert (error.code, "stopping" in error.words) == (Code.UNAVAILABLE, True)
         assert stream.is_active()
-        held_back.set()
+        held_back.opened.set()
         assert plain_target(target.folder).decode(PROMPT, 9).agrees_with(tokens_of(stream))
 
 
@@ -181,7 +158,7 @@ def test_what_does_not_end_in_time_is_cut_off(target: TargetModel) -> None:
     with loopback(target, drain_s=0.2) as server:
         channel, stream = stuck_stream(server.address)
         server.stop()
-        assert failure_of(lambda: list(stream)).code() in {Code.UNAVAILABLE, Code.CANCELLED}
+        assert refusal_of(lambda: list(stream)).code in {Code.UNAVAILABLE, Code.CANCELLED}
         channel.close()
 
 
@@ -199,7 +176,7 @@ def test_the_second_signal_stops_at_once(target: TargetModel, tmp_path: Path) ->
         assert server.process.poll() is None
         server.process.send_signal(signal.SIGINT)
         assert server.process.wait(PATIENCE_S) == 0
-        assert failure_of(lambda: list(stream)).code() in {Code.UNAVAILABLE, Code.CANCELLED}
+        assert refusal_of(lambda: list(stream)).code in {Code.UNAVAILABLE, Code.CANCELLED}
         channel.close()
     finally:
         server.kill()

@@ -7,9 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -21,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loopback import Loopback, loopback
+from loopback import Barrier, Loopback, holding_back, loopback, refusal_of
 from pairs import PATIENCE_S, PlainTarget, plain_target, until
 from tiny import make_tiny_llama
 
@@ -88,26 +86,6 @@ def verify_request(context: Sequence[int] = PROMPT, draft: Sequence[int] = (), *
 
 def decode_request(context: Sequence[int] = PROMPT, **fields: Any) -> pb.DecodeRequest:
     return pb.DecodeRequest(**{"session_id": os.urandom(16), "context_ids": context, "max_new_tokens": 4, **fields})
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A status other than OK, and what came beside it."""
-
-    code: grpc.StatusCode
-    words: str
-    detail: pb.ErrorDetail
-
-
-def refusal_of(call: Callable[[], object]) -> Refusal:
-    with pytest.raises(grpc.RpcError) as caught:
-        call()
-    error: Any = caught.value
-    detail = pb.ErrorDetail()
-    for key, value in error.trailing_metadata() or ():
-        if key == codec.ERROR_DETAIL_KEY:
-            detail.ParseFromString(value)
-    return Refusal(error.code(), error.details(), detail)
 
 
 def load_of(server: Loopback) -> pb.Load:
@@ -341,30 +319,13 @@ def test_no_bytes_break_the_service(battered: grpc.Channel, method: str, noise: 
 # A long pass
 
 
-@dataclass
-class Gate:
-    """Holds passes back until it is opened."""
-
-    opened: threading.Event
-    reached: threading.Event
-
-
 @pytest.fixture
-def gate(target: TargetModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    gate = Gate(threading.Event(), threading.Event())
-    forward = target.forward
-
-    def held_back(batch: PagedBatch) -> torch.Tensor:
-        gate.reached.set()
-        assert gate.opened.wait(PATIENCE_S)
-        return forward(batch)
-
-    monkeypatch.setattr(target, "forward", held_back)
-    yield gate
-    gate.opened.set()
+def gate(target: TargetModel) -> Iterator[Barrier]:
+    with holding_back(target) as barrier:
+        yield barrier
 
 
-def test_a_pass_under_way_does_not_keep_anybody_else_waiting(target: TargetModel, gate: Gate) -> None:
+def test_a_pass_under_way_does_not_keep_anybody_else_waiting(target: TargetModel, gate: Barrier) -> None:
     with serve(target) as server, server.stub() as stub:
         long = stub.Verify.future(verify_request())
         assert gate.reached.wait(PATIENCE_S)
@@ -376,7 +337,7 @@ def test_a_pass_under_way_does_not_keep_anybody_else_waiting(target: TargetModel
         assert long.result(PATIENCE_S).cached_length == len(PROMPT) + 1
 
 
-def test_a_full_server_says_when_to_come_again(target: TargetModel, gate: Gate) -> None:
+def test_a_full_server_says_when_to_come_again(target: TargetModel, gate: Barrier) -> None:
     with serve(target, max_sessions=1) as server, server.stub() as stub:
         first = stub.Decode(decode_request(max_new_tokens=3))
         assert gate.reached.wait(PATIENCE_S)

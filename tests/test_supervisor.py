@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import os
 import random
 import signal
@@ -12,6 +14,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -19,6 +22,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pairs import PATIENCE_S, Pair, Server, serving, until
 
 from edgecloud.client import Client
+from edgecloud.cloud.messages import EngineConfig
+from edgecloud.cloud.supervisor import Supervisor
 from edgecloud.rpc import edgecloud_pb2 as pb
 from edgecloud.rpc import edgecloud_pb2_grpc as pb_grpc
 
@@ -76,6 +81,31 @@ def test_health_follows_the_engine(server: Server) -> None:
     assert refused.value.code() == grpc.StatusCode.UNAVAILABLE  # at once: nobody waits for a model to load
     until(lambda: health_of(server.address) == SERVING)
     assert engine_of(server) != engine
+
+
+def test_a_start_that_fails_is_tried_again(tiny_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of memory, out of processes: the service must not stay without an engine for it."""
+    start, num_failed = asyncio.create_subprocess_exec, 0
+
+    async def fail_twice(*command: str, **options: Any) -> asyncio.subprocess.Process:
+        nonlocal num_failed
+        if num_failed < 2:
+            num_failed += 1
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return await start(*command, **options)
+
+    async def kill_and_wait() -> bool:
+        running: asyncio.Queue[bool] = asyncio.Queue()
+        async with Supervisor(EngineConfig(tiny_pair.target, num_threads=1)) as supervisor:
+            supervisor.on_change = running.put
+            monkeypatch.setattr(asyncio, "create_subprocess_exec", fail_twice)
+            (engine,) = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()[-1:]
+            os.kill(int(engine), signal.SIGKILL)
+            while True:
+                if await asyncio.wait_for(running.get(), PATIENCE_S) and num_failed == 2:
+                    return supervisor.load.num_pages > 0
+
+    assert asyncio.run(kill_and_wait())
 
 
 def test_no_engine_outlives_a_server_that_is_killed(tiny_pair: Pair) -> None:

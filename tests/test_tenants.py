@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from loopback import Loopback, loopback
+from loopback import Barrier, Loopback, holding_back, loopback, refusal_of
 from pairs import PATIENCE_S, free_port, until
 from tiny import make_tiny_llama
 
 from edgecloud.cli.app import run
 from edgecloud.cli.generate import _token as token_of
-from edgecloud.cloud.attention import PagedBatch
 from edgecloud.cloud.model import TargetModel
 from edgecloud.cloud.quotas import Account, Bucket, Quota
 from edgecloud.cloud.tenants import Tenants, new_token, parse_tokens, token_line
@@ -76,17 +73,6 @@ def decode_request(**fields: Any) -> pb.DecodeRequest:
     return pb.DecodeRequest(**{"session_id": os.urandom(16), "context_ids": PROMPT, "max_new_tokens": 4, **fields})
 
 
-def failure_of(call: Callable[[], object]) -> tuple[grpc.StatusCode, str, pb.ErrorDetail]:
-    with pytest.raises(grpc.RpcError) as caught:
-        call()
-    error: Any = caught.value
-    detail = pb.ErrorDetail()
-    for key, value in error.trailing_metadata() or ():
-        if key == codec.ERROR_DETAIL_KEY:
-            detail.ParseFromString(value)
-    return error.code(), error.details(), detail
-
-
 # Who may come in
 
 
@@ -117,7 +103,7 @@ def test_without_a_known_token_every_method_is_shut_and_nothing_is_retried(serve
         assert token is None or len(token) < 10 or token not in str(caught.value)
     metadata = None if token is None else bearer(token)
     assert (
-        failure_of(lambda: cloud.stub.Release(pb.ReleaseRequest(session_id=b"s" * 16), metadata=metadata))[0]
+        refusal_of(lambda: cloud.stub.Release(pb.ReleaseRequest(session_id=b"s" * 16), metadata=metadata))[0]
         == Code.UNAUTHENTICATED
     )
     cloud.close()
@@ -136,7 +122,7 @@ def test_without_a_known_token_every_method_is_shut_and_nothing_is_retried(serve
 )
 def test_a_header_of_another_form_is_no_token(server: Loopback, metadata: Any) -> None:
     with server.stub() as stub:
-        assert failure_of(lambda: stub.Describe(pb.DescribeRequest(), metadata=metadata))[0] == Code.UNAUTHENTICATED
+        assert refusal_of(lambda: stub.Describe(pb.DescribeRequest(), metadata=metadata))[0] == Code.UNAUTHENTICATED
 
 
 def test_a_health_check_takes_no_token_and_reflection_does(server: Loopback) -> None:
@@ -145,7 +131,7 @@ def test_a_health_check_takes_no_token_and_reflection_does(server: Loopback) -> 
         assert check(health_pb2.HealthCheckRequest(service=codec.SERVICE_NAME)).status == health_pb2.HealthCheckResponse.SERVING
         reflect = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
         ask = [reflection_pb2.ServerReflectionRequest(list_services="")]
-        assert failure_of(lambda: list(reflect(iter(ask))))[0] == Code.UNAUTHENTICATED
+        assert refusal_of(lambda: list(reflect(iter(ask))))[0] == Code.UNAUTHENTICATED
         assert len(list(reflect(iter(ask), metadata=bearer(ACME)))) == 1
 
 
@@ -154,7 +140,7 @@ def test_a_token_that_is_taken_out_of_the_file_is_shut_out_and_a_new_one_let_in(
         stub.Verify(verify_request(), metadata=bearer(ACME))
         replace(file, f"{token_line('acme', ACME_NEXT)}\n")
         for token in (ACME, OTHER):
-            assert failure_of(lambda token=token: stub.Verify(verify_request(), metadata=bearer(token)))[0] == Code.UNAUTHENTICATED  # type: ignore[misc]
+            assert refusal_of(lambda token=token: stub.Verify(verify_request(), metadata=bearer(token)))[0] == Code.UNAUTHENTICATED  # type: ignore[misc]
         stub.Verify(verify_request(), metadata=bearer(ACME_NEXT))
 
 
@@ -172,7 +158,7 @@ def test_a_file_that_breaks_changes_nothing_and_is_logged_once(
         file.unlink()
         stub.Describe(pb.DescribeRequest(), metadata=bearer(ACME))
         replace(file, f"{token_line('other', OTHER)}\n")
-        assert failure_of(lambda: stub.Describe(pb.DescribeRequest(), metadata=bearer(ACME)))[0] == Code.UNAUTHENTICATED
+        assert refusal_of(lambda: stub.Describe(pb.DescribeRequest(), metadata=bearer(ACME)))[0] == Code.UNAUTHENTICATED
 
 
 # Other tenants' sessions
@@ -190,9 +176,9 @@ def test_another_tenants_session_can_neither_be_read_nor_touched(server: Loopbac
             "context_hash": codec.context_hash(known),
             "context_ids": [3],
         }
-        code, _, detail = failure_of(lambda: stub.Verify(verify_request(**follow_up), metadata=bearer(OTHER)))
+        code, _, detail = refusal_of(lambda: stub.Verify(verify_request(**follow_up), metadata=bearer(OTHER)))
         assert (code, detail.cached_length) == (Code.FAILED_PRECONDITION, 0)
-        code, _, detail = failure_of(lambda: list(stub.Decode(decode_request(**follow_up), metadata=bearer(OTHER))))
+        code, _, detail = refusal_of(lambda: list(stub.Decode(decode_request(**follow_up), metadata=bearer(OTHER))))
         assert (code, detail.cached_length) == (Code.FAILED_PRECONDITION, 0)
         stub.Verify(verify_request(session_id=session, context_ids=[9, 9, 9]), metadata=bearer(OTHER))
         stub.Release(pb.ReleaseRequest(session_id=session), metadata=bearer(OTHER))
@@ -215,18 +201,9 @@ def test_a_tenant_keeps_its_sessions_when_its_token_is_replaced(server: Loopback
 
 
 @pytest.fixture
-def held_back(target: TargetModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """No pass begins before this is set."""
-    opened = threading.Event()
-    forward = target.forward
-
-    def wait(batch: PagedBatch) -> torch.Tensor:
-        assert opened.wait(PATIENCE_S)
-        return forward(batch)
-
-    monkeypatch.setattr(target, "forward", wait)
-    yield opened
-    opened.set()
+def held_back(target: TargetModel) -> Iterator[Barrier]:
+    with holding_back(target) as barrier:
+        yield barrier
 
 
 def quota_file(file: Path, quota: str) -> Tenants:
@@ -236,18 +213,18 @@ def quota_file(file: Path, quota: str) -> Tenants:
 
 @pytest.mark.parametrize("quota", ["max_requests=2", "max_sessions=2"])
 def test_a_tenant_that_has_enough_under_way_is_told_to_come_again_and_others_are_not(
-    target: TargetModel, file: Path, quota: str, held_back: threading.Event
+    target: TargetModel, file: Path, quota: str, held_back: Barrier
 ) -> None:
     with loopback(target, tenants=quota_file(file, quota)) as server, server.stub() as stub:
         first = [stub.Verify.future(verify_request(), metadata=bearer(ACME)) for _ in range(2)]
         until(lambda: server.gate.num_running == 2)
-        code, words, detail = failure_of(lambda: stub.Verify(verify_request(), metadata=bearer(ACME_NEXT)))
+        code, words, detail = refusal_of(lambda: stub.Verify(verify_request(), metadata=bearer(ACME_NEXT)))
         assert code == Code.RESOURCE_EXHAUSTED
         assert quota.partition("=")[0] in words
         assert detail.retry_after_ms > 0
         other = stub.Verify.future(verify_request(), metadata=bearer(OTHER))
         stub.Describe(pb.DescribeRequest(), metadata=bearer(ACME))  # takes no place
-        held_back.set()
+        held_back.opened.set()
         for future in [*first, other]:
             assert future.result().cached_length == len(PROMPT) + 1
         stub.Verify(verify_request(), metadata=bearer(ACME))
@@ -267,7 +244,7 @@ def test_a_minutes_worth_is_used_up(target: TargetModel, file: Path, quota: str,
     with loopback(target, tenants=quota_file(file, quota)) as server, server.stub() as stub:
         for _ in range(answered):
             stub.Verify(verify_request(), metadata=bearer(ACME))
-        code, words, detail = failure_of(lambda: list(stub.Decode(decode_request(), metadata=bearer(ACME))))
+        code, words, detail = refusal_of(lambda: list(stub.Decode(decode_request(), metadata=bearer(ACME))))
         assert code == Code.RESOURCE_EXHAUSTED
         assert quota.partition("=")[0] in words
         assert 0 < detail.retry_after_ms <= 60_000
