@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,8 @@ class Cloud:
     def close(self) -> None:
         """Close the connection, after the releases under way; other calls fail."""
         for future in list(self._releases):
-            future.code()  # returns when the call has ended, however it did
+            with suppress(grpc.FutureTimeoutError, grpc.FutureCancelledError):  # however it ended, and whether or not
+                future.exception(2 * RELEASE_TIMEOUT_S)
         self._channel.close()
 
 
