@@ -7,7 +7,7 @@ through the `paged_batch` that its forward was given.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,20 @@ from edgecloud.kernels.attention import Segment
 from edgecloud.kernels.backend import backend_for
 
 PAGED_ATTENTION = "edgecloud_paged"
+SLACK = 512  # slots behind the last: a kernel reads, and masks, up to a tile beyond a context
+
+
+class AttentionForm(NamedTuple):
+    """What a layer asks of the attention."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    plain: bool  # neither a sliding window nor a soft cap
 
 
 class KVPool:
-    """Keys and values of all sessions: per layer [kv_heads, num_slots, head_dim], made when a layer first writes.
+    """Keys and values of all sessions: per layer [kv_heads, num_slots + SLACK, head_dim], zeros, made when a layer first writes.
 
     Untouched slots cost no memory until they are written, where the allocator maps lazily (CPU); on other devices the pool is
     reserved at once.
@@ -28,14 +38,15 @@ class KVPool:
 
     def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots
+        self.forms: set[AttentionForm] = set()  # that were asked for
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store key and value rows ([kv_heads, rows, dim]) at `slots` and return the layer's whole pool."""
         if layer not in self._layers:
             self._layers[layer] = (
-                key.new_empty(key.shape[0], self.num_slots, key.shape[2]),
-                value.new_empty(value.shape[0], self.num_slots, value.shape[2]),
+                key.new_zeros(key.shape[0], self.num_slots + SLACK, key.shape[2]),
+                value.new_zeros(value.shape[0], self.num_slots + SLACK, value.shape[2]),
             )
         keys, values = self._layers[layer]
         keys.index_copy_(1, slots, key)
@@ -87,6 +98,8 @@ def paged_attention(
     layer: int = module.layer_idx  # type: ignore[assignment]  # transformers sets it on every attention module
     keys, values = paged_batch.pool.write(layer, paged_batch.slots, key[0], value[0])
     rows = query[0].transpose(0, 1).contiguous()
+    plain = sliding_window is None and softcap is None
+    paged_batch.pool.forms.add(AttentionForm(query.shape[1], key.shape[1], query.shape[3], plain))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     attend = backend_for(query.device.type).ragged_paged_attention
     out = attend(rows, keys, values, paged_batch.segments, scale, sliding_window, softcap)

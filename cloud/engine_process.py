@@ -58,7 +58,7 @@ def _load(start: Start, socket: zmq.Socket[bytes]) -> Callable[[], None]:
     )
     dtype = str(target.dtype).removeprefix("torch.")
     loop = EngineLoop(engine, socket, start.parent)
-    socket.send(encode(Ready(MESSAGES_VERSION, target.vocab_size, engine.max_context_tokens, dtype, engine.load)))
+    socket.send(encode(Ready(MESSAGES_VERSION, target.vocab_size, engine.max_context_tokens, dtype, target.exact, engine.load)))
     return loop.run
 
 

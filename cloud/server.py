@@ -129,6 +129,7 @@ class Serving:
     model_name: str
     model_fingerprint: str
     dtype: str
+    exact: str  # bitwise: the text depends on no other session; tolerance: it may, where two candidates nearly tie
     device: str
     max_context_tokens: int
     tls: bool
@@ -175,6 +176,7 @@ async def _serve(
             tokenizer_fingerprint=tokenizer_fingerprint(folder / "tokenizer.json"),
             vocab_size=ready.vocab_size,
             dtype=ready.dtype,
+            exact=ready.exact,
         )
         limits = Limits(ready.max_context_tokens, config.max_draft_tokens, config.max_message_bytes, config.max_sessions)
         metrics = Metrics(by_tenant=tenants is not None)
@@ -202,6 +204,7 @@ async def _serve(
                         model_name=name,
                         model_fingerprint=fingerprint,
                         dtype=ready.dtype,
+                        exact=ready.exact,
                         device=config.device,
                         max_context_tokens=limits.max_context_tokens,
                         tls=credentials is not None,

@@ -47,6 +47,7 @@ class Identity:
     tokenizer_fingerprint: str
     vocab_size: int
     dtype: str
+    exact: str
 
 
 class VerificationService(pb_grpc.VerificationServicer):
@@ -86,6 +87,7 @@ class VerificationService(pb_grpc.VerificationServicer):
             tokenizer_fingerprint=identity.tokenizer_fingerprint,
             vocab_size=identity.vocab_size,
             dtype=identity.dtype,
+            exact=identity.exact,
             limits=pb.Limits(
                 max_context_tokens=limits.max_context_tokens,
                 max_draft_tokens=limits.max_draft_tokens,

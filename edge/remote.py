@@ -125,6 +125,7 @@ class Cloud:
             tokenizer_fingerprint=reply.tokenizer_fingerprint,
             vocab_size=reply.vocab_size,
             dtype=reply.dtype,
+            exact=reply.exact,
             max_context_tokens=reply.limits.max_context_tokens,
             max_draft_tokens=reply.limits.max_draft_tokens,
         )

@@ -1,18 +1,31 @@
 """Ragged paged attention in torch. See attention.py for the contract.
 
-A context that lies in one run goes through `scaled_dot_product_attention` on a view of the pool; one that lies in several is
-scored run by run. Grouped query heads become rows or a broadcast dimension, so keys are never repeated in memory.
+A row gets the same bits alone, in company, in a chunk of any length and from pages that lie anywhere: keys are taken in tiles
+cut at absolute positions, every product has one of a few widths, and whatever lies beyond a row's position is masked. A tile
+that lies in one run of slots is read as a view of the pool; only one that a border of two runs cuts is put together first. Equality
+rests on two properties of torch's flash attention on CPUs, which cloud/trial.py checks at start-up: the bits of a row do not
+depend on how many rows come with it, nor on masked keys up to the width.
+
+Grouped query heads become rows of their kv head, so keys are never repeated in memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
-import torch.nn.functional as F  # noqa: N812  # torch's own habit
 from torch import Tensor
 
 from edgecloud.kernels.attention import Segment
+
+TILE = 512  # keys in a tile; torch's kernel takes as many at a time
+ROW_BLOCK = 128  # rows in a product: it goes through every key up to its last row's, masked or not
+FEWEST_ROWS = 8  # of a product: fewer take other code in some matrix libraries
+# A tile's last keys are padded to one of these widths: some matrix libraries add in another order from 257 keys on.
+WIDTHS = (64, 128, 192, 256, TILE)
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 def ragged_paged_attention(
@@ -24,40 +37,132 @@ def ragged_paged_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Shapes as in the reference: [rows, heads, head_dim] -> [rows, heads, value_dim]."""
-    parts = []
-    for segment in segments:
-        rows = query[segment.start : segment.stop]
-        windowed = sliding_window is not None and segment.length > sliding_window
-        if len(segment.runs) == 1 and softcap is None and not windowed:
-            parts.append(_one_run(rows, keys, values, segment, scaling))
-        else:
-            parts.append(_many_runs(rows, keys, values, segment, scaling, sliding_window, softcap))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    """Shapes as in the reference: [rows, heads, head_dim] -> [rows, heads, value_dim].
 
-
-def _one_run(rows: Tensor, keys: Tensor, values: Tensor, segment: Segment, scaling: float) -> Tensor:
-    first, last = segment.runs[0]
-    num_rows, heads, head_dim = rows.shape
+    Slots behind a context are read and masked, so they must hold finite numbers.
+    """
+    num_rows, heads, head_dim = query.shape
     kv_heads = keys.shape[0]
-    k, v = keys[:, first:last], values[:, first:last]  # [kv_heads, length, dim]
-    if num_rows == 1:  # a group's heads are rows of one product
-        q = rows.view(1, kv_heads, heads // kv_heads, head_dim)
-        attended = F.scaled_dot_product_attention(q, k.unsqueeze(0), v.unsqueeze(0), scale=scaling)
-        return attended.reshape(1, heads, -1)
     group = heads // kv_heads
-    q = rows.view(num_rows, kv_heads, group, head_dim).permute(1, 2, 0, 3)  # [kv_heads, group, rows, head_dim]
-    k = k.unsqueeze(1).expand(-1, group, -1, -1)
-    v = v.unsqueeze(1).expand(-1, group, -1, -1)
-    if num_rows == segment.length:
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
-    else:
-        mask = causal_mask(segment, None, rows.device)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
-    return attended.permute(2, 0, 1, 3).reshape(num_rows, heads, -1)
+    grouped = query.view(num_rows, kv_heads, group, head_dim)
+    single = grouped if group >= FEWEST_ROWS else grouped.repeat(1, 1, -(-FEWEST_ROWS // group), 1)
+    plain = softcap is None and keys.shape[2] == values.shape[2]
+    pools = keys.unsqueeze(0), values.unsqueeze(0)
+    parts = []  # [rows, kv_heads, group, value_dim]
+    for segment in segments:
+        if not plain or (sliding_window is not None and segment.length > sliding_window):
+            rows = query[segment.start : segment.stop]
+            parts.append(_scored(rows, keys, values, segment, scaling, sliding_window, softcap))
+        elif segment.num_rows == 1:
+            attended = _over_tiles(single[segment.start : segment.stop], *pools, segment, segment.length - 1, group, scaling)
+            parts.append(attended[:, :, :group])
+        else:
+            parts += _blocks(grouped, pools, segment, scaling)
+    attended = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return attended.reshape(num_rows, heads, -1)
 
 
-def _many_runs(
+def _blocks(grouped: Tensor, pools: tuple[Tensor, Tensor], segment: Segment, scaling: float) -> list[Tensor]:
+    """Several rows, in blocks cut at absolute positions."""
+    kv_heads, group, head_dim = grouped.shape[1:]
+    parts = []
+    position, row = segment.length - segment.num_rows, segment.start
+    while row < segment.stop:
+        count = min(segment.stop - row, ROW_BLOCK - position % ROW_BLOCK)
+        rows = grouped[row : row + count]
+        padded = _padded(count, group)
+        if padded > count:
+            rows = torch.cat([rows, rows[-1:].expand(padded - count, -1, -1, -1)])
+        q = rows.transpose(0, 1).reshape(1, kv_heads, padded * group, head_dim)
+        attended = _over_tiles(q, *pools, segment, position, group, scaling, count)
+        parts.append(attended[0].view(kv_heads, padded, group, -1).transpose(0, 1)[:count])
+        position, row = position + count, row + count
+    return parts
+
+
+def _padded(count: int, group: int) -> int:
+    """Rows to make of `count`: no product, nor the rest after whole blocks of 32 in torch's kernel, is of few rows."""
+    if count * group <= 32:
+        return max(count, -(-FEWEST_ROWS // group))
+    return -(-count // FEWEST_ROWS) * FEWEST_ROWS
+
+
+def _over_tiles(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    segment: Segment,
+    position: int,
+    group: int,
+    scaling: float,
+    count: int = 1,
+) -> Tensor:
+    """Rows from `position` on, in one tile, over it and those before it.  [1, kv_heads, rows * group, dim] -> the same"""
+    last_tile, offset = divmod(position, TILE)
+    num_keys = offset + count
+    width = next(width for width in WIDTHS if width >= num_keys)
+    mask = causal_bias(group, q.dtype, q.device)[offset * group : offset * group + q.shape[2], :width]
+    if count == 1:
+        mask = mask[:1].expand(q.shape[2], -1)  # one row, several times
+    k, v = _tile(keys, values, segment, last_tile * TILE, num_keys, width)
+    attended, log_sum = _flash(q, k, v, 0.0, False, attn_mask=mask, scale=scaling)
+    every: list[tuple[Tensor, Tensor]] = [(attended, log_sum)]
+    for tile in range(last_tile):
+        k, v = _tile(keys, values, segment, tile * TILE, TILE, TILE)
+        every.append(_flash(q, k, v, 0.0, False, scale=scaling))
+    return _merged(every)
+
+
+def _merged(every: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Outputs over parts of the keys and the logarithms of their sums of weights, put together."""
+    if len(every) == 1:
+        return every[0][0]
+    highest = every[0][1]
+    for _, log_sum in every[1:]:
+        highest = torch.maximum(highest, log_sum)
+    total = weighted = torch.zeros((), dtype=torch.float32, device=highest.device)
+    for attended, log_sum in every:
+        weight = torch.exp(log_sum - highest).unsqueeze(-1)
+        total = total + weight
+        weighted = weighted + weight * attended
+    return (weighted / total).to(every[0][0].dtype)
+
+
+def _tile(keys: Tensor, values: Tensor, segment: Segment, start: int, count: int, width: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of `count` positions from `start` on, and what follows them up to `width`.  -> [1, kv_heads, width, dim]"""
+    at = 0
+    for first, last in segment.runs:
+        length = last - first
+        if start < at + length:
+            slot = first + start - at
+            if start + count <= at + length and slot + width <= keys.shape[2]:
+                return keys.narrow(2, slot, width), values.narrow(2, slot, width)
+            break
+        at += length
+    return _assembled(keys, segment, start, count, width), _assembled(values, segment, start, count, width)
+
+
+def _assembled(pool: Tensor, segment: Segment, start: int, count: int, width: int) -> Tensor:
+    """A tile that lies in several runs, or at the pool's end, copied to where it is one."""
+    tile = pool.new_zeros(1, pool.shape[1], width, pool.shape[3])
+    at = 0
+    for first, last in segment.runs:
+        begin, end = max(start, at), min(start + count, at + last - first)
+        if begin < end:
+            tile[:, :, begin - start : end - start] = pool[:, :, first + begin - at : first + end - at]
+        at += last - first
+    return tile
+
+
+@cache
+def causal_bias(group: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What is added to the scores of a tile: 0 up to a row's own position, -inf behind.  -> [(TILE + padding) * group, TILE]"""
+    positions = torch.arange(TILE + FEWEST_ROWS, device=device).repeat_interleave(group)
+    mask = torch.zeros(len(positions), TILE, dtype=dtype, device=device)
+    return mask.masked_fill_(torch.arange(TILE, device=device) > positions[:, None], -torch.inf)
+
+
+def _scored(
     rows: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -66,6 +171,7 @@ def _many_runs(
     sliding_window: int | None,
     softcap: float | None,
 ) -> Tensor:
+    """Windows and soft caps, which torch's kernel does not know: the scores are written out.  -> [rows, kv_heads, group, dim]"""
     num_rows, heads, head_dim = rows.shape
     kv_heads = keys.shape[0]
     group = heads // kv_heads
@@ -83,7 +189,7 @@ def _many_runs(
     for first, last in segment.runs:
         attended += weights[:, :, at : at + last - first] @ values[:, first:last]
         at += last - first
-    return attended.view(kv_heads, group, num_rows, -1).permute(2, 0, 1, 3).reshape(num_rows, heads, -1)
+    return attended.view(kv_heads, group, num_rows, -1).permute(2, 0, 1, 3)
 
 
 def causal_mask(segment: Segment, sliding_window: int | None, device: torch.device) -> Tensor:

@@ -138,5 +138,6 @@ class Service:
     tokenizer_fingerprint: str
     vocab_size: int
     dtype: str
+    exact: str  # bitwise: logits depend on nothing but the tokens before; tolerance: to rounding, on what shares a pass
     max_context_tokens: int
     max_draft_tokens: int

@@ -118,18 +118,28 @@ class Allocations(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("num_rows", [1, 5])
-@pytest.mark.parametrize("page_runs", [((0, 512),), ((512, 768), (0, 256))], ids=["one run", "two runs"])
-def test_no_context_is_copied_to_be_read(num_rows: int, page_runs: tuple[tuple[int, int], ...]) -> None:
-    keys, values = torch.randn(2, 1024, 64), torch.randn(2, 1024, 64)
-    segment = Segment(0, num_rows, 512, page_runs)
+def largest_allocation(num_rows: int, page_runs: tuple[tuple[int, int], ...]) -> int:
+    attention_torch.causal_bias(4, torch.float32, torch.device("cpu"))  # made once in a process
+    keys, values = torch.randn(2, 4096, 64), torch.randn(2, 4096, 64)
+    length = sum(last - first for first, last in page_runs)
     with Allocations() as allocations:
+        segment = Segment(0, num_rows, length, page_runs)
         attention_torch.ragged_paged_attention(torch.randn(num_rows, 8, 64), keys, values, [segment], 0.125)
-    one_heads_context = 256 * 64 * 4  # bytes of the shorter run's keys, one head of two
-    assert allocations.largest > 0
-    assert allocations.largest <= 8 * num_rows * 512 * 4  # the scores: rows times context, never context times dimension
-    if num_rows == 1:
-        assert allocations.largest < one_heads_context
+    return allocations.largest
+
+
+@pytest.mark.parametrize("num_rows", [1, 5])
+@pytest.mark.parametrize(
+    "page_runs", [((0, 512),), ((0, 1500),), ((1024, 1536), (0, 256))], ids=["a tile", "three tiles", "runs of whole tiles"]
+)
+def test_no_context_is_copied_to_be_read(num_rows: int, page_runs: tuple[tuple[int, int], ...]) -> None:
+    one_heads_tile = attention_torch.TILE * 64 * 4  # bytes of its keys
+    assert 0 < largest_allocation(num_rows, page_runs) < one_heads_tile / 4
+
+
+def test_where_runs_meet_inside_a_tile_that_tile_alone_is_put_together() -> None:
+    tile = 2 * attention_torch.TILE * 64 * 4  # both heads
+    assert largest_allocation(1, ((1024, 1824), (0, 800))) == tile
 
 
 def test_the_pool_is_allocated_once_and_written_in_place() -> None:
@@ -254,10 +264,39 @@ def test_a_prompt_in_chunks_equals_the_prompt_at_once(
     assert_close(torch.cat(got), llama.stock.logits(tokens))
 
 
-def test_logits_of_one_sequence_equal_the_stock_ones_bit_for_bit(llama: Target) -> None:
-    session = (sequences := Sequences(llama.paged, 8, 8)).open()
-    session.tokens = [(5 * i + 1) % 64 for i in range(40)]
-    assert torch.equal(sequences.run([session])[0], llama.stock.logits(session.tokens))
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def bitwise(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TargetModel:
+    folder = make_tiny_llama(
+        tmp_path_factory.mktemp("bitwise") / "m",
+        num_heads=6, num_kv_heads=2, hidden_size=768, vocab_size=512, max_position_embeddings=2048, scale=0.05,
+    )  # fmt: skip
+    target = TargetModel(folder, request.param)
+    assert target.exact == "bitwise"
+    return target
+
+
+@settings(max_examples=8)
+@given(st.integers(0, 2**32 - 1), st.data())
+def test_a_tokens_logits_are_the_same_bits_in_any_company_and_chunk(bitwise: TargetModel, seed: int, data: st.DataObject) -> None:
+    """Over contexts of several tiles, whose pages lie scattered because the sessions grow in turns."""
+    rng = np.random.default_rng(seed)
+    texts = [rng.integers(0, 512, data.draw(st.sampled_from([3, 70, 300, 700, 1100]))).tolist() for _ in range(3)]
+    alone = []
+    for tokens in texts:
+        sequences = Sequences(bitwise, 100, 16)
+        session = sequences.open()
+        session.tokens = tokens
+        alone.append(sequences.run([session])[0])
+    together = Sequences(bitwise, 210, 16)
+    sessions = [together.open() for _ in texts]
+    while growing := [i for i, tokens in enumerate(texts) if len(sessions[i].tokens) < len(tokens)]:
+        batch = data.draw(st.lists(st.sampled_from(growing), min_size=1, unique=True))
+        starts = [len(sessions[i].tokens) for i in batch]
+        for i in batch:
+            count = data.draw(st.sampled_from([1, 1, 2, 5, 9, 31, 128, 200]))
+            sessions[i].tokens += texts[i][len(sessions[i].tokens) :][:count]
+        for i, start, logits in zip(batch, starts, together.run([sessions[i] for i in batch]), strict=True):
+            assert torch.equal(logits, alone[i][start : start + len(logits)])
 
 
 SIZES: dict[str, Any] = {

@@ -70,10 +70,15 @@ def serve(
     def on_serving(serving: Serving) -> None:
         if json:
             print_json(asdict(serving))
-        words = "serving %s (%s on %s, window %d tokens) on %s%s"
-        plaintext = "" if serving.tls else ", plaintext"
         logger.info(
-            words, serving.model_name, serving.dtype, serving.device, serving.max_context_tokens, serving.address, plaintext
+            "serving %s (%s on %s, exact: %s, window %d tokens) on %s%s",
+            serving.model_name,
+            serving.dtype,
+            serving.device,
+            serving.exact,
+            serving.max_context_tokens,
+            serving.address,
+            "" if serving.tls else ", plaintext",
         )
 
     serve_until_stopped(model, server_config, on_serving)

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x65\x64gecloud/rpc/edgecloud.proto\x12\x0c\x65\x64gecloud.v1\"\x11\n\x0f\x44\x65scribeRequest\"\xfa\x01\n\rDescribeReply\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x16\n\x0eserver_version\x18\x02 \x01(\t\x12\x12\n\nmodel_name\x18\x03 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x04 \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x05 \x01(\t\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12$\n\x06limits\x18\x08 \x01(\x0b\x32\x14.edgecloud.v1.Limits\x12 \n\x04load\x18\t \x01(\x0b\x32\x12.edgecloud.v1.Load\"o\n\x06Limits\x12\x1a\n\x12max_context_tokens\x18\x01 \x01(\r\x12\x18\n\x10max_draft_tokens\x18\x02 \x01(\r\x12\x19\n\x11max_message_bytes\x18\x03 \x01(\r\x12\x14\n\x0cmax_sessions\x18\x04 \x01(\r\"\xb0\x01\n\x04Load\x12\x14\n\x0cnum_sessions\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x16\n\x0enum_free_pages\x18\x03 \x01(\r\x12\x11\n\tnum_pages\x18\x04 \x01(\r\x12\x14\n\x0cpass_base_ms\x18\x05 \x01(\x02\x12\x19\n\x11pass_per_token_ms\x18\x06 \x01(\x02\x12!\n\x19pass_per_context_token_ms\x18\x07 \x01(\x02\"g\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x04 \x01(\x01\x12\x0c\n\x04seed\x18\x05 \x01(\x04\"\xb5\x01\n\rVerifyRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x15\n\rcontext_start\x18\x02 \x01(\x05\x12\x13\n\x0b\x63ontext_ids\x18\x03 \x03(\r\x12\x11\n\tdraft_ids\x18\x04 \x03(\r\x12(\n\x08sampling\x18\x05 \x01(\x0b\x32\x16.edgecloud.v1.Sampling\x12\x14\n\x0c\x63ontext_hash\x18\x06 \x01(\x06\x12\x11\n\tpair_hash\x18\t \x01(\x06\"\xa3\x01\n\x0bVerifyReply\x12\x14\n\x0cnum_accepted\x18\x01 \x01(\r\x12\x15\n\rnext_token_id\x18\x02 \x01(\r\x12\x15\n\rcached_length\x18\x03 \x01(\r\x12\x10\n\x08queue_ms\x18\x04 \x01(\x02\x12\x12\n\ncompute_ms\x18\x05 \x01(\x02\x12\x15\n\rtarget_passes\x18\x06 \x01(\x02\x12\x13\n\x0bnum_waiting\x18\x07 \x01(\r\"\xd2\x01\n\rDecodeRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x15\n\rcontext_start\x18\x02 \x01(\x05\x12\x13\n\x0b\x63ontext_ids\x18\x03 \x03(\r\x12(\n\x08sampling\x18\x05 \x01(\x0b\x32\x16.edgecloud.v1.Sampling\x12\x14\n\x0c\x63ontext_hash\x18\x06 \x01(\x06\x12\x16\n\x0emax_new_tokens\x18\x07 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x11\n\tpair_hash\x18\t \x01(\x06\"]\n\x0b\x44\x65\x63odeReply\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08queue_ms\x18\x02 \x01(\x02\x12\x12\n\ncompute_ms\x18\x03 \x01(\x02\x12\x15\n\rtarget_passes\x18\x04 \x01(\x02\"$\n\x0eReleaseRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\"\x0e\n\x0cReleaseReply\"W\n\x0b\x45rrorDetail\x12\x15\n\rcached_length\x18\x01 \x01(\r\x12\x16\n\x0eretry_after_ms\x18\x02 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\t2\xa1\x02\n\x0cVerification\x12\x46\n\x08\x44\x65scribe\x12\x1d.edgecloud.v1.DescribeRequest\x1a\x1b.edgecloud.v1.DescribeReply\x12@\n\x06Verify\x12\x1b.edgecloud.v1.VerifyRequest\x1a\x19.edgecloud.v1.VerifyReply\x12\x42\n\x06\x44\x65\x63ode\x12\x1b.edgecloud.v1.DecodeRequest\x1a\x19.edgecloud.v1.DecodeReply0\x01\x12\x43\n\x07Release\x12\x1c.edgecloud.v1.ReleaseRequest\x1a\x1a.edgecloud.v1.ReleaseReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x65\x64gecloud/rpc/edgecloud.proto\x12\x0c\x65\x64gecloud.v1\"\x11\n\x0f\x44\x65scribeRequest\"\x89\x02\n\rDescribeReply\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x16\n\x0eserver_version\x18\x02 \x01(\t\x12\x12\n\nmodel_name\x18\x03 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x04 \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x05 \x01(\t\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12$\n\x06limits\x18\x08 \x01(\x0b\x32\x14.edgecloud.v1.Limits\x12 \n\x04load\x18\t \x01(\x0b\x32\x12.edgecloud.v1.Load\x12\r\n\x05\x65xact\x18\n \x01(\t\"o\n\x06Limits\x12\x1a\n\x12max_context_tokens\x18\x01 \x01(\r\x12\x18\n\x10max_draft_tokens\x18\x02 \x01(\r\x12\x19\n\x11max_message_bytes\x18\x03 \x01(\r\x12\x14\n\x0cmax_sessions\x18\x04 \x01(\r\"\xb0\x01\n\x04Load\x12\x14\n\x0cnum_sessions\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x16\n\x0enum_free_pages\x18\x03 \x01(\r\x12\x11\n\tnum_pages\x18\x04 \x01(\r\x12\x14\n\x0cpass_base_ms\x18\x05 \x01(\x02\x12\x19\n\x11pass_per_token_ms\x18\x06 \x01(\x02\x12!\n\x19pass_per_context_token_ms\x18\x07 \x01(\x02\"g\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x04 \x01(\x01\x12\x0c\n\x04seed\x18\x05 \x01(\x04\"\xb5\x01\n\rVerifyRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x15\n\rcontext_start\x18\x02 \x01(\x05\x12\x13\n\x0b\x63ontext_ids\x18\x03 \x03(\r\x12\x11\n\tdraft_ids\x18\x04 \x03(\r\x12(\n\x08sampling\x18\x05 \x01(\x0b\x32\x16.edgecloud.v1.Sampling\x12\x14\n\x0c\x63ontext_hash\x18\x06 \x01(\x06\x12\x11\n\tpair_hash\x18\t \x01(\x06\"\xa3\x01\n\x0bVerifyReply\x12\x14\n\x0cnum_accepted\x18\x01 \x01(\r\x12\x15\n\rnext_token_id\x18\x02 \x01(\r\x12\x15\n\rcached_length\x18\x03 \x01(\r\x12\x10\n\x08queue_ms\x18\x04 \x01(\x02\x12\x12\n\ncompute_ms\x18\x05 \x01(\x02\x12\x15\n\rtarget_passes\x18\x06 \x01(\x02\x12\x13\n\x0bnum_waiting\x18\x07 \x01(\r\"\xd2\x01\n\rDecodeRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x15\n\rcontext_start\x18\x02 \x01(\x05\x12\x13\n\x0b\x63ontext_ids\x18\x03 \x03(\r\x12(\n\x08sampling\x18\x05 \x01(\x0b\x32\x16.edgecloud.v1.Sampling\x12\x14\n\x0c\x63ontext_hash\x18\x06 \x01(\x06\x12\x16\n\x0emax_new_tokens\x18\x07 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x11\n\tpair_hash\x18\t \x01(\x06\"]\n\x0b\x44\x65\x63odeReply\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08queue_ms\x18\x02 \x01(\x02\x12\x12\n\ncompute_ms\x18\x03 \x01(\x02\x12\x15\n\rtarget_passes\x18\x04 \x01(\x02\"$\n\x0eReleaseRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\"\x0e\n\x0cReleaseReply\"W\n\x0b\x45rrorDetail\x12\x15\n\rcached_length\x18\x01 \x01(\r\x12\x16\n\x0eretry_after_ms\x18\x02 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\t2\xa1\x02\n\x0cVerification\x12\x46\n\x08\x44\x65scribe\x12\x1d.edgecloud.v1.DescribeRequest\x1a\x1b.edgecloud.v1.DescribeReply\x12@\n\x06Verify\x12\x1b.edgecloud.v1.VerifyRequest\x1a\x19.edgecloud.v1.VerifyReply\x12\x42\n\x06\x44\x65\x63ode\x12\x1b.edgecloud.v1.DecodeRequest\x1a\x19.edgecloud.v1.DecodeReply0\x01\x12\x43\n\x07Release\x12\x1c.edgecloud.v1.ReleaseRequest\x1a\x1a.edgecloud.v1.ReleaseReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,27 +34,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DESCRIBEREQUEST']._serialized_start=47
   _globals['_DESCRIBEREQUEST']._serialized_end=64
   _globals['_DESCRIBEREPLY']._serialized_start=67
-  _globals['_DESCRIBEREPLY']._serialized_end=317
-  _globals['_LIMITS']._serialized_start=319
-  _globals['_LIMITS']._serialized_end=430
-  _globals['_LOAD']._serialized_start=433
-  _globals['_LOAD']._serialized_end=609
-  _globals['_SAMPLING']._serialized_start=611
-  _globals['_SAMPLING']._serialized_end=714
-  _globals['_VERIFYREQUEST']._serialized_start=717
-  _globals['_VERIFYREQUEST']._serialized_end=898
-  _globals['_VERIFYREPLY']._serialized_start=901
-  _globals['_VERIFYREPLY']._serialized_end=1064
-  _globals['_DECODEREQUEST']._serialized_start=1067
-  _globals['_DECODEREQUEST']._serialized_end=1277
-  _globals['_DECODEREPLY']._serialized_start=1279
-  _globals['_DECODEREPLY']._serialized_end=1372
-  _globals['_RELEASEREQUEST']._serialized_start=1374
-  _globals['_RELEASEREQUEST']._serialized_end=1410
-  _globals['_RELEASEREPLY']._serialized_start=1412
-  _globals['_RELEASEREPLY']._serialized_end=1426
-  _globals['_ERRORDETAIL']._serialized_start=1428
-  _globals['_ERRORDETAIL']._serialized_end=1515
-  _globals['_VERIFICATION']._serialized_start=1518
-  _globals['_VERIFICATION']._serialized_end=1807
+  _globals['_DESCRIBEREPLY']._serialized_end=332
+  _globals['_LIMITS']._serialized_start=334
+  _globals['_LIMITS']._serialized_end=445
+  _globals['_LOAD']._serialized_start=448
+  _globals['_LOAD']._serialized_end=624
+  _globals['_SAMPLING']._serialized_start=626
+  _globals['_SAMPLING']._serialized_end=729
+  _globals['_VERIFYREQUEST']._serialized_start=732
+  _globals['_VERIFYREQUEST']._serialized_end=913
+  _globals['_VERIFYREPLY']._serialized_start=916
+  _globals['_VERIFYREPLY']._serialized_end=1079
+  _globals['_DECODEREQUEST']._serialized_start=1082
+  _globals['_DECODEREQUEST']._serialized_end=1292
+  _globals['_DECODEREPLY']._serialized_start=1294
+  _globals['_DECODEREPLY']._serialized_end=1387
+  _globals['_RELEASEREQUEST']._serialized_start=1389
+  _globals['_RELEASEREQUEST']._serialized_end=1425
+  _globals['_RELEASEREPLY']._serialized_start=1427
+  _globals['_RELEASEREPLY']._serialized_end=1441
+  _globals['_ERRORDETAIL']._serialized_start=1443
+  _globals['_ERRORDETAIL']._serialized_end=1530
+  _globals['_VERIFICATION']._serialized_start=1533
+  _globals['_VERIFICATION']._serialized_end=1822
 # @@protoc_insertion_point(module_scope)

@@ -11,7 +11,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeReply(_message.Message):
-    __slots__ = ("protocol_version", "server_version", "model_name", "model_fingerprint", "tokenizer_fingerprint", "vocab_size", "dtype", "limits", "load")
+    __slots__ = ("protocol_version", "server_version", "model_name", "model_fingerprint", "tokenizer_fingerprint", "vocab_size", "dtype", "limits", "load", "exact")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
@@ -21,6 +21,7 @@ class DescribeReply(_message.Message):
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    EXACT_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     server_version: str
     model_name: str
@@ -30,7 +31,8 @@ class DescribeReply(_message.Message):
     dtype: str
     limits: Limits
     load: Load
-    def __init__(self, protocol_version: _Optional[int] = ..., server_version: _Optional[str] = ..., model_name: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ..., vocab_size: _Optional[int] = ..., dtype: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
+    exact: str
+    def __init__(self, protocol_version: _Optional[int] = ..., server_version: _Optional[str] = ..., model_name: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ..., vocab_size: _Optional[int] = ..., dtype: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., exact: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_context_tokens", "max_draft_tokens", "max_message_bytes", "max_sessions")
