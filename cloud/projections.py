@@ -6,7 +6,7 @@ which `pack` checks on every shape that it meets.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,14 +15,16 @@ import torch.nn.functional as F  # noqa: N812  # torch's own habit
 from torch import Tensor, nn
 
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
+# Names of layers that read one input, in the order in which they are called: one product is cheaper than three.
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 HINTED_ROWS = 16  # rows that the blocks are laid out for: few, as passes over drafts have
 PROBED_ROWS = (1, 2, 3, 5, 8, 15, 16, 17, 33, 64, 65)
 PROBED_SUMS = 40_000  # for each number of rows: of 16 bits most differences are rounded away
 NO_ACTIVATION: tuple[str, list[Any], str] = ("none", [], "")
 
-_packed_linear = torch.ops.mkldnn._linear_pointwise.default
+Function = Callable[[Tensor], Tensor]
 
-RowsProbe = dict[tuple[int, int, torch.dtype], int | None]
+_packed_linear = torch.ops.mkldnn._linear_pointwise.default
 
 
 def pack(model: nn.Module) -> bool:
@@ -33,37 +35,90 @@ def pack(model: nn.Module) -> bool:
 
     -> whether the bits of a row depend on that row alone, in every projection
     """
-    probed: RowsProbe = {}
-    for name, module in list(model.named_modules()):
-        if not name:
-            continue
-        if type(module) is nn.Linear:
-            function = _projection(module, probed)
-        elif (norm := _norm(module)) is not None:
-            function = norm
-        else:
-            continue
-        parent_name, _, attribute = name.rpartition(".")
-        parent: Any = model.get_submodule(parent_name)
-        delattr(parent, attribute)
-        object.__setattr__(parent, attribute, function)
-    return bool(probed) and None not in probed.values()
+    packer = _Packer()
+    for parent in list(model.modules()):
+        children = dict(parent.named_children())
+        linears = {name: child for name, child in children.items() if type(child) is nn.Linear}
+        for names in SIBLINGS:
+            if all(name in linears for name in names) and _alike(siblings := [linears[name] for name in names]):
+                for name, function in zip(names, packer.together(siblings), strict=True):
+                    _replace(parent, name, function, linears.pop(name))
+        for name, linear in linears.items():
+            _replace(parent, name, packer.alone(linear), linear)
+        for name, child in children.items():
+            if type(child) is not nn.Linear and (norm := _norm(child)) is not None:
+                _replace(parent, name, norm, child)
+    return packer.rows_are_independent
 
 
-def _projection(module: nn.Linear, probed: RowsProbe) -> Callable[[Tensor], Tensor]:
-    weight, bias = module.weight.detach(), module.bias
-    if weight.device.type != "cpu" or weight.dtype not in PACKED_DTYPES or not torch._C._has_mkldnn:
-        function: Any = partial(F.linear, weight=weight, bias=bias)
-        probed[(*weight.shape, weight.dtype)] = None
-    else:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, HINTED_ROWS)
+class _Packer:
+    """Makes functions of linear layers, and knows what it has found out about their shapes."""
+
+    def __init__(self) -> None:
+        self._fewest_rows: dict[tuple[int, int, torch.dtype], int | None] = {}
+
+    @property
+    def rows_are_independent(self) -> bool:
+        return bool(self._fewest_rows) and None not in self._fewest_rows.values()
+
+    def alone(self, linear: nn.Linear) -> Function:
+        return self._product(linear.weight.detach(), linear.bias)
+
+    def together(self, linears: Sequence[nn.Linear]) -> list[Function]:
+        weight = torch.cat([linear.weight.detach() for linear in linears])
+        bias = None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])
+        shared = _Shared(self._product(weight, bias), [linear.out_features for linear in linears])
+        return [partial(shared.part, index=index) for index in range(len(linears))]
+
+    def _product(self, weight: Tensor, bias: Tensor | None) -> Function:
         shape = (*weight.shape, weight.dtype)
-        if shape not in probed:
-            probed[shape] = _fewest_rows(packed, weight)
-        function = partial(_two_rows if probed[shape] == 2 else _rows, packed=packed, bias=bias)
-        weight = weight.new_empty(()).expand(weight.shape)  # the blocks hold the numbers; a tied embedding keeps its own
-    function.weight, function.bias = weight, bias  # some architectures read a projection's weight.dtype
-    return function  # type: ignore[no-any-return]
+        if weight.device.type != "cpu" or weight.dtype not in PACKED_DTYPES or not torch._C._has_mkldnn:
+            self._fewest_rows[shape] = None
+            return partial(F.linear, weight=weight, bias=bias)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, HINTED_ROWS)
+        if shape not in self._fewest_rows:
+            self._fewest_rows[shape] = _fewest_rows(packed, weight)
+        return partial(_two_rows if self._fewest_rows[shape] == 2 else _rows, packed=packed, bias=bias)
+
+
+class _Shared:
+    """Projections of one input: one product, when the first of them is called."""
+
+    def __init__(self, product: Function, widths: list[int]) -> None:
+        self._product = product
+        self._widths = widths
+        self._x: Tensor | None = None
+        self._parts: Sequence[Tensor] = ()
+
+    def part(self, x: Tensor, index: int) -> Tensor:
+        """Columns of projection `index`.  [..., in] -> [..., widths[index]]"""
+        if x is not self._x:
+            self._x, self._parts = x, torch.split(self._product(x), self._widths, -1)
+        part = self._parts[index]
+        if index == len(self._widths) - 1:
+            self._x, self._parts = None, ()
+        return part
+
+
+def _alike(linears: Sequence[nn.Linear]) -> bool:
+    first = linears[0]
+    return all(
+        linear.in_features == first.in_features
+        and linear.weight.dtype == first.weight.dtype
+        and linear.weight.device == first.weight.device
+        and (linear.bias is None) == (first.bias is None)
+        for linear in linears
+    )
+
+
+def _replace(parent: Any, name: str, function: Any, module: nn.Module) -> None:
+    """A function with the module's weight and bias as attributes, for some architectures read a projection's weight.dtype."""
+    weight: Any = module.weight
+    if weight.device.type == "cpu" and isinstance(module, nn.Linear):  # blocked: only what it looked like is kept
+        weight = weight.new_empty(()).expand(weight.shape)
+    function.weight, function.bias = weight, getattr(module, "bias", None)
+    delattr(parent, name)
+    object.__setattr__(parent, name, function)
 
 
 def _rows(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
@@ -93,13 +148,12 @@ def _fewest_rows(packed: Tensor, weight: Tensor) -> int | None:
     return 1 if not unlike else 2 if unlike == {1} else None
 
 
-def _norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+def _norm(module: nn.Module) -> Function | None:
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", None)
     if not isinstance(eps, float) or not isinstance(weight, nn.Parameter):
         return None
-    function: Any = partial(torch.rms_norm, normalized_shape=weight.shape, weight=weight, eps=eps)
-    function.weight = weight
+    function = partial(torch.rms_norm, normalized_shape=weight.shape, weight=weight, eps=eps)
     rows = 3 * torch.linspace(-3, 5, 8 * weight.numel(), device=weight.device).cos().view(8, -1).to(weight.dtype)
     with torch.inference_mode():
         return function if torch.equal(module(rows), function(rows)) else None

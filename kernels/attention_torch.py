@@ -12,7 +12,7 @@ Grouped query heads become rows of their kv head, so keys are never repeated in 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -101,9 +101,8 @@ def _over_tiles(
     last_tile, offset = divmod(position, TILE)
     num_keys = offset + count
     width = next(width for width in WIDTHS if width >= num_keys)
-    mask = causal_bias(group, q.dtype, q.device)[offset * group : offset * group + q.shape[2], :width]
-    if count == 1:
-        mask = mask[:1].expand(q.shape[2], -1)  # one row, several times
+    num_rows = q.shape[2]
+    mask = _bias(group if count > 1 else 1, offset, num_rows, count == 1, width, q.dtype, q.device)
     k, v = _tile(keys, values, segment, last_tile * TILE, num_keys, width)
     attended, log_sum = _flash(q, k, v, 0.0, False, attn_mask=mask, scale=scaling)
     every: list[tuple[Tensor, Tensor]] = [(attended, log_sum)]
@@ -152,6 +151,13 @@ def _assembled(pool: Tensor, segment: Segment, start: int, count: int, width: in
             tile[:, :, begin - start : end - start] = pool[:, :, first + begin - at : first + end - at]
         at += last - first
     return tile
+
+
+@lru_cache(4096)
+def _bias(group: int, offset: int, num_rows: int, repeated: bool, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A view of `causal_bias` for rows from `offset` in a tile on; `repeated`: one row, several times.  -> [num_rows, width]"""
+    bias = causal_bias(group, dtype, device)[offset * group :, :width]
+    return bias[:1].expand(num_rows, -1) if repeated else bias[:num_rows]
 
 
 @cache
