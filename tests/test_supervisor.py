@@ -83,6 +83,26 @@ def test_health_follows_the_engine(server: Server) -> None:
     assert engine_of(server) != engine
 
 
+def test_a_health_watcher_that_takes_no_message_keeps_nobody_waiting(tiny_pair: Pair) -> None:
+    """Whoever may connect may watch: it must keep neither an engine from being started again nor the server from stopping."""
+    narrow = [("grpc.use_local_subchannel_pool", 1), ("grpc.http2.lookahead_bytes", 10), ("grpc.http2.bdp_probe", 0)]
+    with (
+        serving(tiny_pair.bundle) as server,
+        grpc.insecure_channel(server.address, narrow) as narrow_channel,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        stuck = health_pb2_grpc.HealthStub(narrow_channel).Watch(health_pb2.HealthCheckRequest())
+        watching = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
+        assert next(watching).status == SERVING
+        os.kill(engine_of(server), signal.SIGKILL)  # two changes, more than the narrow window holds
+        assert next(watching).status == NOT_SERVING
+        assert next(watching).status == SERVING
+        assert stuck.is_active()
+        server.process.terminate()
+        assert next(watching).status == NOT_SERVING
+        assert server.process.wait(PATIENCE_S) == 0
+
+
 def test_a_start_that_fails_is_tried_again(tiny_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """Out of memory, out of processes: the service must not stay without an engine for it."""
     start, num_failed = asyncio.create_subprocess_exec, 0
@@ -97,7 +117,7 @@ def test_a_start_that_fails_is_tried_again(tiny_pair: Pair, monkeypatch: pytest.
     async def kill_and_wait() -> bool:
         running: asyncio.Queue[bool] = asyncio.Queue()
         async with Supervisor(EngineConfig(tiny_pair.target, num_threads=1)) as supervisor:
-            supervisor.on_change = running.put
+            supervisor.on_change = running.put_nowait
             monkeypatch.setattr(asyncio, "create_subprocess_exec", fail_twice)
             (engine,) = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()[-1:]
             os.kill(int(engine), signal.SIGKILL)
