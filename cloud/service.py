@@ -24,6 +24,7 @@ from edgecloud.rpc import codec
 from edgecloud.rpc import edgecloud_pb2 as pb
 from edgecloud.rpc import edgecloud_pb2_grpc as pb_grpc
 
+MAX_STOP_TOKEN_IDS = 1024  # they are kept as long as the stream lasts: a message full of them would take a hundred times its size
 LAST_WORD_S = 1.0  # for a status to be taken by who takes no messages
 
 
@@ -216,7 +217,7 @@ class VerificationService(pb_grpc.VerificationServicer):
         context_ids = tuple(request.context_ids)
         draft_ids = tuple(request.draft_ids) if isinstance(request, pb.VerifyRequest) else ()
         max_new_tokens = 1 if isinstance(request, pb.VerifyRequest) else request.max_new_tokens
-        stop_ids = frozenset() if isinstance(request, pb.VerifyRequest) else frozenset(request.stop_token_ids)
+        stop_ids = () if isinstance(request, pb.VerifyRequest) else request.stop_token_ids
         if request.context_start < 0:
             raise ConfigError(f"context_start is {request.context_start}; it takes a position from 0")
         if request.context_start == 0 and request.context_hash != 0:
@@ -226,6 +227,8 @@ class VerificationService(pb_grpc.VerificationServicer):
             raise ConfigError("the context is empty; send at least one token")
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {max_new_tokens}; it takes at least 1")
+        if len(stop_ids) > MAX_STOP_TOKEN_IDS:
+            raise ConfigError(f"stop_token_ids has {len(stop_ids)} ids; it takes at most {MAX_STOP_TOKEN_IDS}")
         if len(draft_ids) > self._limits.max_draft_tokens:
             raise ConfigError(f"the draft has {len(draft_ids)} tokens; this service takes at most {self._limits.max_draft_tokens}")
         if length + len(draft_ids) > self._limits.max_context_tokens:
@@ -245,7 +248,7 @@ class VerificationService(pb_grpc.VerificationServicer):
             sampling=codec.sampling_from_wire(request.sampling),
             draft_ids=draft_ids,
             max_new_tokens=min(max_new_tokens, self._limits.max_context_tokens - length + 1),
-            stop_token_ids=stop_ids,
+            stop_token_ids=frozenset(stop_ids),
             tenant=account.tenant,
             deadline_s=_deadline_s(context),
         )

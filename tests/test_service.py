@@ -221,6 +221,12 @@ def test_a_decode_of_nothing_is_refused(stub: pb_grpc.VerificationStub) -> None:
     assert (refusal.code, refusal.words) == (Code.INVALID_ARGUMENT, "max_new_tokens is 0; it takes at least 1")
 
 
+def test_more_stop_tokens_than_anybody_has_are_refused(stub: pb_grpc.VerificationStub) -> None:
+    refusal = refusal_of(lambda: list(stub.Decode(decode_request(stop_token_ids=range(1025)))))
+    assert (refusal.code, refusal.words) == (Code.INVALID_ARGUMENT, "stop_token_ids has 1025 ids; it takes at most 1024")
+    assert len(list(stub.Decode(decode_request(stop_token_ids=range(2**32 - 1024, 2**32))))) == 4
+
+
 def test_a_decode_beyond_the_window_ends_when_it_is_full(stub: pb_grpc.VerificationStub, plain: PlainTarget) -> None:
     replies = list(stub.Decode(decode_request([1] * 250, max_new_tokens=2**32 - 1)))
     assert plain.decode([1] * 250, 7).agrees_with([reply.token_ids[0] for reply in replies])
