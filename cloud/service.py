@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -214,15 +214,14 @@ class VerificationService(pb_grpc.VerificationServicer):
         if request.pair_hash not in (0, self._pair_hash):
             raise ModelMismatchError(f"this service runs {self._identity.model_name}, not the target that the request means")
         _check_session_id(request.session_id)
-        context_ids = tuple(request.context_ids)
-        draft_ids = tuple(request.draft_ids) if isinstance(request, pb.VerifyRequest) else ()
+        draft_ids: Sequence[int] = request.draft_ids if isinstance(request, pb.VerifyRequest) else ()
         max_new_tokens = 1 if isinstance(request, pb.VerifyRequest) else request.max_new_tokens
         stop_ids = () if isinstance(request, pb.VerifyRequest) else request.stop_token_ids
         if request.context_start < 0:
             raise ConfigError(f"context_start is {request.context_start}; it takes a position from 0")
         if request.context_start == 0 and request.context_hash != 0:
             raise ConfigError(f"context_hash is {request.context_hash:#x}; before context_start 0 there is nothing to hash: send 0")
-        length = request.context_start + len(context_ids)
+        length = request.context_start + len(request.context_ids)
         if length < 1:
             raise ConfigError("the context is empty; send at least one token")
         if max_new_tokens < 1:
@@ -236,6 +235,7 @@ class VerificationService(pb_grpc.VerificationServicer):
                 f"context and draft have {length + len(draft_ids)} tokens; "
                 f"this service's window is {self._limits.max_context_tokens}"
             )
+        context_ids, draft_ids = tuple(request.context_ids), tuple(draft_ids)  # not before: a message holds a million
         highest = max(max(context_ids, default=0), max(draft_ids, default=0))
         if highest >= self._identity.vocab_size:
             raise ConfigError(f"token id {highest} is outside the vocabulary of {self._identity.vocab_size}")

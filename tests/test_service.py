@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -248,6 +249,17 @@ def raw(channel: grpc.Channel, method: str, content: bytes) -> bytes:
         return b"".join(channel.unary_stream(f"{PREFIX}/{method}")(content, timeout=PATIENCE_S))
     reply: bytes = channel.unary_unary(f"{PREFIX}/{method}")(content, timeout=PATIENCE_S)
     return reply
+
+
+def test_a_list_that_is_far_too_long_is_refused_before_it_is_copied(channel: grpc.Channel) -> None:
+    content = verify_request([1] * 1_000_000).SerializeToString()
+    tracemalloc.start()
+    try:
+        assert refusal_of(lambda: raw(channel, "Verify", content)).code == Code.INVALID_ARGUMENT
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 5_000_000, "a tuple of it alone has 8 million; the message, here and there, 2"
 
 
 @pytest.mark.parametrize(
