@@ -72,10 +72,12 @@ class Engine:
 
     def cancel(self, number: int) -> None:
         """Nobody waits for this request: it ends before the next pass, without an answer."""
-        waiting = (job for deferred in self._deferred.values() for job in deferred)
-        for job in (*self._jobs, *waiting):
+        for job in self._jobs:
             if job.number == number:
                 job.cancelled = True
+        for deferred in self._deferred.values():  # at once: they could be sent faster than their session gets on
+            for job in [job for job in deferred if job.number == number]:
+                deferred.remove(job)
 
     def release(self, session_id: bytes) -> None:
         """Forget a session; if it is busy, after its requests."""
@@ -142,8 +144,6 @@ class Engine:
         known = self._sessions.get(request.session_id)
         if known is not None and known.busy:
             self._deferred.setdefault(request.session_id, deque()).append(job)
-            return
-        if job.cancelled:
             return
         if request.context_start and known is None:
             job.answer(Refused(0))

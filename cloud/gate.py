@@ -16,6 +16,7 @@ from grpc_health.v1 import health
 
 from edgecloud.cloud.metrics import Metrics
 from edgecloud.cloud.quotas import ACCOUNT, BUSY_RETRY_S, Account
+from edgecloud.cloud.reading import MESSAGE_S, only_message, reading, reading_handler
 from edgecloud.cloud.status import abort, abort_overloaded
 from edgecloud.cloud.tenants import Tenants
 from edgecloud.errors import CloudAuthError, CloudOverloadedError
@@ -29,12 +30,23 @@ Continuation = Callable[[HandlerCallDetails], Awaitable["RpcMethodHandler[Any, A
 
 
 class Gate(grpc.aio.ServerInterceptor):
-    """Lets in who shows a token of `tenants` (None: anybody), `max_requests` at a time, and nobody any more once it drains."""
+    """Lets in who shows a token of `tenants` (None: anybody), `max_requests` at a time, and nobody any more once it drains.
 
-    def __init__(self, tenants: Tenants | None = None, max_requests: int = 512, metrics: Metrics | None = None) -> None:
+    A call has its place from when its message has come, within `message_s`.
+    """
+
+    def __init__(
+        self,
+        tenants: Tenants | None = None,
+        max_requests: int = 512,
+        metrics: Metrics | None = None,
+        *,
+        message_s: float = MESSAGE_S,
+    ) -> None:
         self._tenants = tenants
         self._metrics = metrics or Metrics()
         self._max_requests = max_requests
+        self._message_s = message_s
         self._everybody = Account()
         self._draining = False
         self._num_running = 0
@@ -61,7 +73,8 @@ class Gate(grpc.aio.ServerInterceptor):
         """Turn away, or pass on to the method."""
         method = handler_call_details.method
         if method.startswith(f"/{health.SERVICE_NAME}/"):
-            return await continuation(handler_call_details)
+            handler = await continuation(handler_call_details)
+            return handler and reading(handler)
         if self._draining:
             return self._turned_away(
                 method, grpc.StatusCode.UNAVAILABLE, "this server is stopping; ask another, or again in a while"
@@ -71,7 +84,9 @@ class Gate(grpc.aio.ServerInterceptor):
         except CloudAuthError as error:
             return self._turned_away(method, grpc.StatusCode.UNAUTHENTICATED, str(error))
         handler = await continuation(handler_call_details)
-        return handler if handler is None or method not in METHODS else self._watched(METHODS[method], handler, account)
+        if handler is None:
+            return None
+        return self._watched(METHODS[method], handler, account) if method in METHODS else reading(handler)
 
     def _account(self, details: HandlerCallDetails) -> Account:
         """Raises CloudAuthError: no token, or nobody's."""
@@ -96,23 +111,23 @@ class Gate(grpc.aio.ServerInterceptor):
     def _watched(self, method: str, handler: RpcMethodHandler[Any, Any], account: Account) -> RpcMethodHandler[Any, Any]:
         """The same method, which is let in first. Ours take one message, and answer with one or write many."""
         behaviour: Any = handler.unary_stream or handler.unary_unary
-        make: Any = grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
 
-        async def watched(request: Any, context: ServicerContext[Any, Any]) -> Any:
-            async with self._inside(method, account, context):
-                return await behaviour(request, context)
+        async def watched(_: object, context: ServicerContext[Any, Any]) -> Any:
+            async with self._counted(method, account, context):
+                request = await only_message(context, self._message_s)
+                with self._place():
+                    return await behaviour(request, context)
 
-        return make(watched, handler.request_deserializer, handler.response_serializer)  # type: ignore[no-any-return]
+        return reading_handler(handler, watched)
 
     @asynccontextmanager
-    async def _inside(self, method: str, account: Account, context: ServicerContext[Any, Any]) -> AsyncIterator[None]:
+    async def _counted(self, method: str, account: Account, context: ServicerContext[Any, Any]) -> AsyncIterator[None]:
         ACCOUNT.set(account)
         started = time.perf_counter()
         code = "UNKNOWN"
         try:
             try:
-                with self._place():
-                    yield
+                yield
             except CloudOverloadedError as error:
                 await abort_overloaded(context, error)
             code = "OK"

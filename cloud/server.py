@@ -14,11 +14,12 @@ from importlib import metadata
 from pathlib import Path
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from edgecloud.bundle import Bundle, is_bundle
 from edgecloud.cloud.gate import Gate
+from edgecloud.cloud.health import Health
 from edgecloud.cloud.messages import EngineConfig
 from edgecloud.cloud.metrics import Metrics
 from edgecloud.cloud.service import Identity, Limits, VerificationService
@@ -195,7 +196,7 @@ async def _serve(
         )  # fmt: skip
         with _scraped(metrics, config) as metrics_port:
             async with port_open as listener:
-                engine.on_change = listener.set_serving
+                engine.on_change = listener.health.set_serving
                 for number in (signal.SIGINT, signal.SIGTERM):
                     asyncio.get_running_loop().add_signal_handler(number, stop)
                 on_serving(
@@ -240,13 +241,7 @@ class Listener:
     """An open port."""
 
     address: str  # HOST:PORT
-    health: health.aio.HealthServicer
-
-    async def set_serving(self, serving: bool) -> None:
-        """What health checks are told."""
-        states = health_pb2.HealthCheckResponse
-        for name in ("", codec.SERVICE_NAME):
-            await self.health.set(name, states.SERVING if serving else states.NOT_SERVING)
+    health: Health
 
 
 @asynccontextmanager
@@ -272,7 +267,7 @@ async def listening(
     gate = gate or Gate()
     server = grpc.aio.server(interceptors=[gate], options=(connection or ConnectionLimits()).options())
     pb_grpc.add_VerificationServicer_to_server(service, server)
-    checks = health.aio.HealthServicer()
+    checks = Health()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection((codec.SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     bracketed = f"[{host}]" if ":" in host else host
@@ -282,12 +277,11 @@ async def listening(
     except RuntimeError as error:
         raise ServerError(f"cannot listen on {address} ({error}); choose another --port or --host") from error
     listener = Listener(f"{bracketed}:{port}", checks)
-    await listener.set_serving(True)
     await server.start()
     try:
         yield listener
     finally:
-        await checks.enter_graceful_shutdown()
+        checks.stop()
         logger.info("stopping: %d requests are under way", gate.num_running)
         drained = await gate.drain(drain_s, hurry or asyncio.Event())
         await server.stop(STOP_GRACE_S if drained else 0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -24,6 +24,7 @@ from edgecloud.rpc import codec
 from edgecloud.rpc import edgecloud_pb2 as pb
 from edgecloud.rpc import edgecloud_pb2_grpc as pb_grpc
 
+MAX_STOP_TOKEN_IDS = 1024  # they are kept as long as the stream lasts: a message full of them would take a hundred times its size
 LAST_WORD_S = 1.0  # for a status to be taken by who takes no messages
 
 
@@ -215,19 +216,20 @@ class VerificationService(pb_grpc.VerificationServicer):
         if request.pair_hash not in (0, self._pair_hash):
             raise ModelMismatchError(f"this service runs {self._identity.model_name}, not the target that the request means")
         _check_session_id(request.session_id)
-        context_ids = tuple(request.context_ids)
-        draft_ids = tuple(request.draft_ids) if isinstance(request, pb.VerifyRequest) else ()
+        draft_ids: Sequence[int] = request.draft_ids if isinstance(request, pb.VerifyRequest) else ()
         max_new_tokens = 1 if isinstance(request, pb.VerifyRequest) else request.max_new_tokens
-        stop_ids = frozenset() if isinstance(request, pb.VerifyRequest) else frozenset(request.stop_token_ids)
+        stop_ids = () if isinstance(request, pb.VerifyRequest) else request.stop_token_ids
         if request.context_start < 0:
             raise ConfigError(f"context_start is {request.context_start}; it takes a position from 0")
         if request.context_start == 0 and request.context_hash != 0:
             raise ConfigError(f"context_hash is {request.context_hash:#x}; before context_start 0 there is nothing to hash: send 0")
-        length = request.context_start + len(context_ids)
+        length = request.context_start + len(request.context_ids)
         if length < 1:
             raise ConfigError("the context is empty; send at least one token")
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {max_new_tokens}; it takes at least 1")
+        if len(stop_ids) > MAX_STOP_TOKEN_IDS:
+            raise ConfigError(f"stop_token_ids has {len(stop_ids)} ids; it takes at most {MAX_STOP_TOKEN_IDS}")
         if len(draft_ids) > self._limits.max_draft_tokens:
             raise ConfigError(f"the draft has {len(draft_ids)} tokens; this service takes at most {self._limits.max_draft_tokens}")
         if length + len(draft_ids) > self._limits.max_context_tokens:
@@ -235,6 +237,7 @@ class VerificationService(pb_grpc.VerificationServicer):
                 f"context and draft have {length + len(draft_ids)} tokens; "
                 f"this service's window is {self._limits.max_context_tokens}"
             )
+        context_ids, draft_ids = tuple(request.context_ids), tuple(draft_ids)  # not before: a message holds a million
         highest = max(max(context_ids, default=0), max(draft_ids, default=0))
         if highest >= self._identity.vocab_size:
             raise ConfigError(f"token id {highest} is outside the vocabulary of {self._identity.vocab_size}")
@@ -247,7 +250,7 @@ class VerificationService(pb_grpc.VerificationServicer):
             sampling=codec.sampling_from_wire(request.sampling),
             draft_ids=draft_ids,
             max_new_tokens=min(max_new_tokens, self._limits.max_context_tokens - length + 1),
-            stop_token_ids=stop_ids,
+            stop_token_ids=frozenset(stop_ids),
             tenant=account.tenant,
             deadline_s=_deadline_s(context),
         )

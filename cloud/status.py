@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from typing import Any, NoReturn
 
@@ -18,7 +19,10 @@ async def abort(
 ) -> NoReturn:
     """End the call. Always raises."""
     trailing = () if detail is None else ((codec.ERROR_DETAIL_KEY, detail.SerializeToString()),)
-    await context.abort(code, words, trailing)
+    try:
+        await context.abort(code, words, trailing)
+    except grpc.aio.InternalError as error:  # it has ended already: gRPC refused its message, or the client has gone
+        raise asyncio.CancelledError from error
     raise AssertionError("abort returned")
 
 

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, suppress
 from types import TracebackType
 from typing import Self
@@ -44,7 +44,7 @@ class Supervisor:
         self._client: EngineClient | None = None
         self._load = EngineLoad(0, 0, 0, 0)
         self._keeper: asyncio.Task[None] | None = None
-        self.on_change: Callable[[bool], Awaitable[None]] = _ignore
+        self.on_change: Callable[[bool], None] = _ignore
         self.ready: Ready | None = None  # what the first one said of itself
 
     async def __aenter__(self) -> Self:
@@ -127,7 +127,7 @@ class Supervisor:
         receiving = asyncio.create_task(client.receive())
         ended = asyncio.create_task(process.wait())
         self._client = client
-        await self.on_change(True)
+        self.on_change(True)
         try:
             await asyncio.wait([receiving, ended], return_when=asyncio.FIRST_COMPLETED)
             if receiving.done():
@@ -136,7 +136,7 @@ class Supervisor:
                 logger.error("the engine's process ended with %d; starting another", ended.result())
         finally:
             self._load, self._client = EngineLoad(0, 0, 0, client.load.num_pages), None
-            await self.on_change(False)
+            self.on_change(False)
             receiving.cancel()
             client.give_up("the engine has died and is started again")
             if process.returncode is None:
@@ -173,5 +173,5 @@ async def _readiness(process: asyncio.subprocess.Process, socket: zmq.asyncio.So
             raise ServerError(f"the engine's process speaks another version: {other}; install edgecloud again")
 
 
-async def _ignore(_: bool) -> None:
+def _ignore(_: bool) -> None:
     """Nobody wants to know."""

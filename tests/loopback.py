@@ -26,6 +26,7 @@ from edgecloud.cloud.gate import Gate
 from edgecloud.cloud.messages import Stop, encode
 from edgecloud.cloud.metrics import Metrics
 from edgecloud.cloud.model import TargetModel
+from edgecloud.cloud.reading import MESSAGE_S
 from edgecloud.cloud.server import ConnectionLimits, listening
 from edgecloud.cloud.service import Identity, Limits, VerificationService
 from edgecloud.cloud.tenants import Tenants
@@ -93,6 +94,7 @@ def loopback(
     credentials: grpc.ServerCredentials | None = None,
     tenants: Tenants | None = None,
     max_requests: int = 512,
+    message_s: float = MESSAGE_S,
     slow_reader_s: float = 60.0,
     connection: ConnectionLimits | None = None,
     drain_s: float = 0.0,
@@ -112,7 +114,7 @@ def loopback(
     async def serve() -> None:
         async with engine_thread(engine) as runner:
             service = VerificationService(runner, identity, limits, slow_reader_s=slow_reader_s, metrics=metrics)
-            gate = Gate(tenants, max_requests, metrics)
+            gate = Gate(tenants, max_requests, metrics, message_s=message_s)
             metrics.watch(lambda: runner.load, lambda: gate.num_running)
             options: Any = {"gate": gate, "connection": connection, "drain_s": drain_s, "hurry": hurry}
             async with listening(service, "127.0.0.1", 0, credentials, **options) as listener:

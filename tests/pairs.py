@@ -217,6 +217,13 @@ class Server:
         """Where it listens."""
         return int(self.address.rpartition(":")[2])
 
+    @property
+    def engine(self) -> int:
+        """Process id of its engine: the newest child."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        assert children, "the server has no engine"
+        return int(children[-1])
+
     def kill(self) -> None:
         """As a crash would."""
         self.process.kill()

@@ -586,6 +586,19 @@ def test_a_request_cancelled_before_its_turn_costs_no_pass(target: Target) -> No
     assert driver.num_used_pages == 0
 
 
+def test_requests_cancelled_behind_a_busy_session_are_forgotten_at_once(target: Target) -> None:
+    """Else whoever sends and cancels while a long answer is under way fills the engine's memory."""
+    driver = Driver(target)
+    session = new_id()
+    first = driver.ask(whole(prompt_of(4), session, max_new_tokens=4))
+    for _ in range(50):
+        driver.cancel(driver.ask(whole(prompt_of(9), session)))
+    kept = driver.ask(whole(prompt_of(9), session))
+    assert driver.engine.load.num_waiting == 2
+    driver.drive(first, kept)
+    assert_plain(target, kept)
+
+
 @pytest.mark.parametrize("max_rows", [4, 512])
 def test_a_prompt_cancelled_half_way_leaves_a_usable_cache(target: Target, max_rows: int) -> None:
     driver = Driver(target, max_rows=max_rows)

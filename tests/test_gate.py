@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,13 @@ from tiny import make_tiny_llama
 from edgecloud.cloud.model import TargetModel
 from edgecloud.cloud.server import ConnectionLimits, ServerConfig
 from edgecloud.cloud.tenants import new_token, token_line
-from edgecloud.errors import ConfigError
+from edgecloud.edge.remote import Cloud, RemoteVerifier
+from edgecloud.edge.retry import Timeout
+from edgecloud.errors import CloudRefusedError, ConfigError
 from edgecloud.rpc import codec
 from edgecloud.rpc import edgecloud_pb2 as pb
 from edgecloud.rpc import edgecloud_pb2_grpc as pb_grpc
+from edgecloud.sampling import SamplingSettings
 
 PROMPT = [7, 29, 31, 4, 150]
 Code = grpc.StatusCode
@@ -100,6 +105,57 @@ def test_a_connection_that_has_reached_its_age_is_renewed_without_losing_a_strea
 
 
 # How long
+
+
+@contextmanager
+def silent_calls(channel: grpc.Channel, number: int) -> Iterator[list[Any]]:
+    """Calls whose message never comes."""
+    closing = threading.Event()
+
+    def nothing() -> Iterator[bytes]:
+        closing.wait()
+        yield from ()
+
+    verify: Any = channel.stream_unary(f"/{codec.SERVICE_NAME}/Verify")
+    try:
+        yield [verify.future(nothing()) for _ in range(number)]
+    finally:
+        closing.set()
+
+
+def test_a_call_whose_message_never_comes_is_left(target: TargetModel) -> None:
+    with loopback(target, message_s=0.2) as server, server.channel() as channel, silent_calls(channel, 3) as calls:
+        for call in calls:
+            error = refusal_of(call.result)
+            assert (error.code, error.words) == (Code.DEADLINE_EXCEEDED, "no message came within 0.2 s; send it with the call")
+
+
+def test_calls_whose_message_never_comes_take_nobodys_place(target: TargetModel) -> None:
+    """Nor do they keep the server from stopping."""
+    with (
+        loopback(target, max_requests=1, drain_s=PATIENCE_S) as server,
+        server.channel() as channel,
+        silent_calls(channel, 20) as calls,
+        server.stub() as stub,
+    ):
+        for _ in range(5):
+            assert stub.Verify(verify_request()).cached_length == 6
+        assert not any(call.done() for call in calls)
+        server.stop()
+        for call in calls:
+            assert refusal_of(call.result).code in {Code.UNAVAILABLE, Code.CANCELLED}
+
+
+def test_a_message_that_is_none_is_sent_once_and_counted(target: TargetModel) -> None:
+    """A client that would not be understood the second time either must not ask again."""
+    with loopback(target) as server, server.channel() as channel:
+        cloud = Cloud(server.address, None, Timeout())
+        cloud.stub.Verify = channel.unary_unary(f"/{codec.SERVICE_NAME}/Verify", request_serializer=lambda _: b"\xff\xff")
+        with pytest.raises(CloudRefusedError, match="no protobuf message"):
+            RemoteVerifier(cloud).submit(PROMPT, [], SamplingSettings()).result()
+        cloud.close()
+        labels = {"method": "Verify", "code": "INVALID_ARGUMENT"}
+        assert server.metrics.registry.get_sample_value("edgecloud:requests_total", labels) == 1.0
 
 
 def test_a_reader_that_takes_no_message_is_left_and_its_session_freed(target: TargetModel) -> None:

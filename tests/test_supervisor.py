@@ -39,13 +39,6 @@ def server(tiny_pair: Pair) -> Iterator[Server]:
         yield started
 
 
-def engine_of(server: Server) -> int:
-    """Process id of a server's engine: the newest child."""
-    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
-    assert children, "the server has no engine"
-    return int(children[-1])
-
-
 def is_alive(process_id: int) -> bool:
     try:
         return "\nState:\tZ" not in Path(f"/proc/{process_id}/status").read_text()
@@ -65,12 +58,12 @@ SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.Health
 def test_the_front_end_holds_no_model(server: Server) -> None:
     maps = Path(f"/proc/{server.process.pid}/maps").read_text()
     assert "libtorch" not in maps
-    assert "libtorch" in Path(f"/proc/{engine_of(server)}/maps").read_text()
+    assert "libtorch" in Path(f"/proc/{server.engine}/maps").read_text()
 
 
 def test_health_follows_the_engine(server: Server) -> None:
     assert health_of(server.address) == SERVING
-    engine = engine_of(server)
+    engine = server.engine
     os.kill(engine, signal.SIGKILL)
     until(lambda: health_of(server.address) == NOT_SERVING)
     request = pb.VerifyRequest(session_id=b"s" * 16, context_ids=[1, 2])
@@ -80,7 +73,27 @@ def test_health_follows_the_engine(server: Server) -> None:
             stub.Verify(request, timeout=PATIENCE_S)
     assert refused.value.code() == grpc.StatusCode.UNAVAILABLE  # at once: nobody waits for a model to load
     until(lambda: health_of(server.address) == SERVING)
-    assert engine_of(server) != engine
+    assert server.engine != engine
+
+
+def test_a_health_watcher_that_takes_no_message_keeps_nobody_waiting(tiny_pair: Pair) -> None:
+    """Whoever may connect may watch: it must keep neither an engine from being started again nor the server from stopping."""
+    narrow = [("grpc.use_local_subchannel_pool", 1), ("grpc.http2.lookahead_bytes", 10), ("grpc.http2.bdp_probe", 0)]
+    with (
+        serving(tiny_pair.bundle) as server,
+        grpc.insecure_channel(server.address, narrow) as narrow_channel,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        stuck = health_pb2_grpc.HealthStub(narrow_channel).Watch(health_pb2.HealthCheckRequest())
+        watching = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
+        assert next(watching).status == SERVING
+        os.kill(server.engine, signal.SIGKILL)  # two changes, more than the narrow window holds
+        assert next(watching).status == NOT_SERVING
+        assert next(watching).status == SERVING
+        assert stuck.is_active()
+        server.process.terminate()
+        assert next(watching).status == NOT_SERVING
+        assert server.process.wait(PATIENCE_S) == 0
 
 
 def test_a_start_that_fails_is_tried_again(tiny_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +110,7 @@ def test_a_start_that_fails_is_tried_again(tiny_pair: Pair, monkeypatch: pytest.
     async def kill_and_wait() -> bool:
         running: asyncio.Queue[bool] = asyncio.Queue()
         async with Supervisor(EngineConfig(tiny_pair.target, num_threads=1)) as supervisor:
-            supervisor.on_change = running.put
+            supervisor.on_change = running.put_nowait
             monkeypatch.setattr(asyncio, "create_subprocess_exec", fail_twice)
             (engine,) = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()[-1:]
             os.kill(int(engine), signal.SIGKILL)
@@ -110,7 +123,7 @@ def test_a_start_that_fails_is_tried_again(tiny_pair: Pair, monkeypatch: pytest.
 
 def test_no_engine_outlives_a_server_that_is_killed(tiny_pair: Pair) -> None:
     server = Server(tiny_pair.bundle)
-    engine = engine_of(server)
+    engine = server.engine
     server.kill()
     until(lambda: not is_alive(engine))
 
@@ -120,7 +133,7 @@ def test_a_server_told_to_stop_leaves_no_engine_and_no_socket(
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     with serving(tiny_pair.bundle) as server:
-        engine = engine_of(server)
+        engine = server.engine
         (folder,) = tmp_path.iterdir()
         assert folder.stat().st_mode & 0o077 == 0  # nobody else may talk to the engine
     assert not is_alive(engine)
@@ -170,7 +183,7 @@ def test_killed_at_random_moments_every_text_is_the_same(tiny_pair: Pair, server
                 done = sum(counts)
                 until(lambda done=done: sum(counts) > done or any(a.done() for a in asking))  # type: ignore[misc]
                 time.sleep(moments.random() / 4)
-                os.kill(engine_of(server), signal.SIGKILL)
+                os.kill(server.engine, signal.SIGKILL)
             done = sum(counts)
             until(lambda: sum(counts) > done or any(a.done() for a in asking))
         finally:
