@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F  # noqa: N812  # torch's own habit
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
@@ -92,18 +93,22 @@ def paged_attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """The signature that transformers calls. query: [1, heads, rows, head_dim] -> [1, rows, heads, head_dim]."""
+    """The signature that transformers calls. query: [1, heads, rows, head_dim] -> [1, rows, heads, head_dim].
+
+    Rows beyond those of the batch are padding for the projections: nothing of them is stored or attended to.
+    """
     assert attention_mask is None, "packed batches carry their own mask"
     assert dropout == 0.0, "the target is never trained here"
     layer: int = module.layer_idx  # type: ignore[assignment]  # transformers sets it on every attention module
-    keys, values = paged_batch.pool.write(layer, paged_batch.slots, key[0], value[0])
-    rows = query[0].transpose(0, 1).contiguous()
+    num_rows = len(paged_batch.slots)
+    keys, values = paged_batch.pool.write(layer, paged_batch.slots, key[0, :, :num_rows], value[0, :, :num_rows])
+    rows = query[0, :, :num_rows].transpose(0, 1).contiguous()
     plain = sliding_window is None and softcap is None
     paged_batch.pool.forms.add(AttentionForm(query.shape[1], key.shape[1], query.shape[3], plain))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     attend = backend_for(query.device.type).ragged_paged_attention
     out = attend(rows, keys, values, paged_batch.segments, scale, sliding_window, softcap)
-    return out.unsqueeze(0), None
+    return F.pad(out, (0, 0, 0, 0, 0, query.shape[2] - num_rows)).unsqueeze(0), None
 
 
 def register() -> None:

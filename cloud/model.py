@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F  # noqa: N812  # torch's own habit
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from edgecloud.cloud.attention import PAGED_ATTENTION, PagedBatch, register, tensor_ids
-from edgecloud.cloud.projections import pack
+from edgecloud.cloud.projections import pack, padded_rows
 from edgecloud.cloud.trial import Trial
 from edgecloud.cloud.weights import check_safetensors
 from edgecloud.errors import ConfigError, ModelError
@@ -55,13 +56,19 @@ class TargetModel:
         """One pass over the weights.  -> [choices, vocab] of the model's dtype"""
         with torch.inference_mode():
             logits: Tensor = self._model(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
+                input_ids=self._padded(batch.input_ids),
+                position_ids=self._padded(batch.position_ids),
                 use_cache=False,
-                logits_to_keep=batch.logits_rows,
+                logits_to_keep=self._padded(batch.logits_rows),
                 paged_batch=batch,
             ).logits[0]
-        return logits
+        return logits[: len(batch.logits_rows)]
+
+    def _padded(self, rows: Tensor) -> Tensor:
+        """Zeros behind the last, up to a number of rows that products are compiled for; attention and cache never see them."""
+        num_rows = rows.shape[-1]
+        extra = padded_rows(num_rows) - num_rows if self.device.type == "cpu" else 0
+        return F.pad(rows, (0, extra)) if extra else rows
 
     def _probe(self) -> int:
         """Run a few tokens both ways and compare; returns the cache's bytes per token.
