@@ -55,7 +55,7 @@ def pack(model: nn.Module) -> bool:
 
 def padded_rows(num_rows: int) -> int:
     """The number of rows that a product over `num_rows` is made with: up to 8 as many, then at most a quarter more."""
-    step = min(LARGEST_STEP, max(1, 2 ** ((num_rows - 1).bit_length() - 3)))
+    step = min(LARGEST_STEP, 1 << max(0, (num_rows - 1).bit_length() - 3))
     return -(-num_rows // step) * step
 
 

@@ -45,7 +45,8 @@ def ragged_paged_attention(
     kv_heads = keys.shape[0]
     group = heads // kv_heads
     grouped = query.view(num_rows, kv_heads, group, head_dim)
-    single = grouped if group >= FEWEST_ROWS else grouped.repeat(1, 1, -(-FEWEST_ROWS // group), 1)
+    times = -(-FEWEST_ROWS // group)
+    single = grouped.unsqueeze(2).expand(-1, -1, times, -1, -1).reshape(num_rows, kv_heads, times * group, head_dim)
     plain = softcap is None and keys.shape[2] == values.shape[2]
     pools = keys.unsqueeze(0), values.unsqueeze(0)
     parts = []  # [rows, kv_heads, group, value_dim]
