@@ -142,10 +142,14 @@ class PageTable:
         """Pages held, whether full or not."""
         return len(self._pages)
 
-    def adopt(self, tokens: Sequence[int], fewest: int = 0) -> None:
+    def whole_pages(self, num_tokens: int) -> int:
+        """Tokens in as many pages as `num_tokens` take."""
+        return -(-num_tokens // self._pool.page_size) * self._pool.page_size
+
+    def adopt(self, tokens: Sequence[int], fewest: int = 0) -> int:
         """Hold what is published of `tokens`, as far as full pages reach; less than `fewest` tokens are left alone.
 
-        For a table that holds nothing.
+        For a table that holds nothing.  -> tokens it has now
         """
         assert not self._pages, "a table adopts pages before it has any of its own"
         for start in range(0, len(tokens) - self._pool.page_size + 1, self._pool.page_size):
@@ -158,6 +162,7 @@ class PageTable:
         self.length = len(self._pages) * self._pool.page_size
         if self.length < fewest:
             self.release()
+        return self.length
 
     def publish(self, tokens: Sequence[int]) -> None:
         """Let others find the full pages. `tokens` begin with those that the table holds."""

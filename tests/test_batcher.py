@@ -31,7 +31,7 @@ class Desk:
 
     def ask(self, num_rows: int, *, tenant: str = "", deadline_s: float = math.inf, arrived_s: float = 0.0) -> Job:
         number = len(self.jobs)
-        request = Extend(b"%016d" % number, 0, (1,) * num_rows, 0, SamplingSettings(), tenant=tenant, deadline_s=deadline_s)
+        request = Extend(b"%016d" % number, 0, (number,) * num_rows, 0, SamplingSettings(), tenant=tenant, deadline_s=deadline_s)
         session = self._sessions.open(request.session_id, 0.0)
         assert session is not None
         session.tokens = list(request.context_ids)

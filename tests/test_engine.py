@@ -394,6 +394,94 @@ def test_a_prefix_too_short_to_pay_is_read_again(target: Target) -> None:
         assert target.num_rows - before == num_rows
 
 
+@pytest.mark.parametrize("max_rows", [7, 512])
+def test_a_prompt_that_several_bring_at_the_same_time_is_read_once(target: Target, max_rows: int) -> None:
+    driver = Driver(target, room_tokens=400, fewest_shared=8, max_rows=max_rows)
+    before = target.num_rows
+    asked = [driver.ask(whole([*prompt_of(30), i], sampling=SAMPLED)) for i in range(4)]
+    driver.drive()
+    assert target.num_rows - before == 31 + 3 * 3  # 28 tokens lie in full pages
+    for one in asked:
+        assert_plain(target, one)
+
+
+def test_who_has_too_little_in_common_or_another_tenant_waits_for_nobody(target: Target) -> None:
+    driver = Driver(target, room_tokens=400, fewest_shared=8)
+    asked = [
+        driver.ask(whole(prompt, tenant=tenant))
+        for prompt, tenant in ((prompt_of(30), "a"), (prompt_of(30), "b"), ([*prompt_of(7), *prompt_of(23, 1)], "a"))
+    ]
+    driver.step()
+    for one in asked:
+        assert_plain(target, one)
+
+
+def test_who_could_take_little_more_than_has_been_read_does_not_wait_for_it(target: Target) -> None:
+    driver = Driver(target, room_tokens=400, fewest_shared=8, max_rows=24)
+    first = driver.ask(whole(prompt_of(60)))
+    driver.step()
+    before = target.num_rows
+    second = driver.ask(whole([*prompt_of(30), 1, 2, 3]))  # 28 tokens in common, 24 of which have been read
+    driver.step()
+    assert target.num_rows - before == 24, "both are in the pass"
+    driver.step()
+    assert second.done
+    driver.drive()
+    assert target.num_rows - before == 36 + 9
+    for one in (first, second):
+        assert_plain(target, one)
+
+
+@pytest.mark.parametrize("end", ["cancelled", "failed"])
+def test_who_waits_for_a_prompt_that_is_not_read_to_the_end_reads_the_rest(target: Target, end: str) -> None:
+    driver = Driver(target, room_tokens=400, fewest_shared=8, max_rows=10)
+    first = driver.ask(whole(prompt_of(40)))
+    others = [driver.ask(whole(prompt_of(40), sampling=SAMPLED)) for _ in range(2)]
+    driver.step(2)
+    before = target.num_rows
+
+    def break_once() -> None:
+        target.before_forward = lambda: None
+        raise RuntimeError("the accelerator fell off")
+
+    if end == "cancelled":
+        driver.cancel(first)
+    else:
+        target.before_forward = break_once
+    driver.drive()
+    wasted = 10 if end == "failed" else 0
+    assert target.num_rows - before == wasted + 20 + 4  # the third takes 36 tokens of the second's
+    for one in others:
+        assert_plain(target, one)
+
+
+def test_nobody_waits_for_a_less_urgent_one(target: Target) -> None:
+    driver = Driver(target, room_tokens=400, fewest_shared=8, max_rows=10)
+    later = driver.ask(whole(prompt_of(40)))
+    driver.step()
+    urgent = driver.ask(whole(prompt_of(40), deadline_s=time.monotonic() + PATIENCE_S))
+    driver.step(4)
+    assert urgent.done
+    assert not later.done
+    driver.drive()
+    for one in (later, urgent):
+        assert_plain(target, one)
+
+
+def test_nobody_waits_for_one_that_finds_no_pages(target: Target) -> None:
+    driver = Driver(target, room_tokens=48, fewest_shared=8)
+    decode = driver.ask(whole(prompt_of(16, 1), max_new_tokens=8))
+    driver.step()
+    too_long = driver.ask(whole(prompt_of(40)))
+    fits = driver.ask(whole(prompt_of(20)))
+    driver.step(3)
+    assert fits.done
+    assert not decode.done
+    driver.drive()
+    for one in (decode, too_long, fits):
+        assert_plain(target, one)
+
+
 def test_tenants_do_not_share(target: Target) -> None:
     driver = Driver(target)
     driver.answer(whole(prompt_of(30), tenant="a"))
