@@ -13,7 +13,7 @@ import msgspec
 
 from edgecloud.cloud.work import Answer, EngineLoad, Extend
 
-MESSAGES_VERSION = 1  # both sides come from one installation; a stale process of another one is found by this
+MESSAGES_VERSION = 2  # both sides come from one installation; a stale process of another one is found by this
 
 
 class EngineConfig(msgspec.Struct, frozen=True):

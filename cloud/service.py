@@ -15,7 +15,7 @@ from grpc.aio import ServicerContext
 
 from edgecloud.cloud.engine_client import AsyncEngine
 from edgecloud.cloud.metrics import Metrics
-from edgecloud.cloud.quotas import ACCOUNT
+from edgecloud.cloud.quotas import ACCOUNT, Account
 from edgecloud.cloud.spans import call_span
 from edgecloud.cloud.status import abort
 from edgecloud.cloud.work import Answer, Extend, Extended, Failed, Gone, Overloaded, Refused
@@ -87,7 +87,7 @@ class VerificationService(pb_grpc.VerificationServicer):
             vocab_size=identity.vocab_size,
             dtype=identity.dtype,
             limits=pb.Limits(
-                max_context_tokens=limits.max_context_tokens,
+                max_context_tokens=self._window(ACCOUNT.get()),
                 max_draft_tokens=limits.max_draft_tokens,
                 max_message_bytes=limits.max_message_bytes,
                 max_sessions=limits.max_sessions,
@@ -169,6 +169,10 @@ class VerificationService(pb_grpc.VerificationServicer):
         self._engine.release(session_id)
         return pb.ReleaseReply()
 
+    def _window(self, account: Account) -> int:
+        """Tokens that a context may have: what a tenant's whole quota could not hold would never be answered."""
+        return min(self._limits.max_context_tokens, account.quota.max_cache_tokens or self._limits.max_context_tokens)
+
     async def _accept(self, request: pb.VerifyRequest | pb.DecodeRequest, context: ServicerContext[Any, Any]) -> Extend:
         """The checked request; one that is refused ends the call."""
         try:
@@ -228,15 +232,14 @@ class VerificationService(pb_grpc.VerificationServicer):
             raise ConfigError(f"max_new_tokens is {max_new_tokens}; it takes at least 1")
         if len(draft_ids) > self._limits.max_draft_tokens:
             raise ConfigError(f"the draft has {len(draft_ids)} tokens; this service takes at most {self._limits.max_draft_tokens}")
-        if length + len(draft_ids) > self._limits.max_context_tokens:
-            raise ConfigError(
-                f"context and draft have {length + len(draft_ids)} tokens; "
-                f"this service's window is {self._limits.max_context_tokens}"
-            )
+        account = ACCOUNT.get()
+        window = self._window(account)
+        if length + len(draft_ids) > window:
+            whose = "this service's window" if window == self._limits.max_context_tokens else "this tenant's max_cache_tokens"
+            raise ConfigError(f"context and draft have {length + len(draft_ids)} tokens; {whose} is {window}")
         highest = max(max(context_ids, default=0), max(draft_ids, default=0))
         if highest >= self._identity.vocab_size:
             raise ConfigError(f"token id {highest} is outside the vocabulary of {self._identity.vocab_size}")
-        account = ACCOUNT.get()
         return Extend(
             session_id=account.session_id(request.session_id),
             context_start=request.context_start,
@@ -244,9 +247,10 @@ class VerificationService(pb_grpc.VerificationServicer):
             context_hash=request.context_hash,
             sampling=codec.sampling_from_wire(request.sampling),
             draft_ids=draft_ids,
-            max_new_tokens=min(max_new_tokens, self._limits.max_context_tokens - length + 1),
+            max_new_tokens=min(max_new_tokens, window - length + 1),
             stop_token_ids=stop_ids,
             tenant=account.tenant,
+            max_cache_tokens=account.quota.max_cache_tokens,
             deadline_s=_deadline_s(context),
         )
 

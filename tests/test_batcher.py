@@ -39,9 +39,9 @@ class Desk:
         return self.jobs[-1]
 
     def plan(self) -> list[Share]:
-        shares, starved = self.batcher.plan(self.jobs, now_s=0.0)
-        assert not starved
-        return shares
+        plan = self.batcher.plan(self.jobs, now_s=0.0)
+        assert not plan.starved
+        return plan.shares
 
     def run(self, shares: Sequence[Share]) -> None:
         """As the engine does after a pass; who is through comes again with as much."""

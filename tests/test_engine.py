@@ -799,6 +799,66 @@ def test_decodes_that_outgrow_the_cache_end_with_one_of_them_overloaded(target: 
     assert_plain(target, decodes[ends.index(Extended)])
 
 
+def test_a_tenant_over_its_quota_loses_its_own_idle_sessions_and_nobody_elses(target: Target) -> None:
+    driver = Driver(target, room_tokens=200)
+    other = whole(prompt_of(20, 9), tenant="other")
+    driver.answer(other)
+    asked = [driver.answer(whole(prompt_of(20, i), tenant="full", max_cache_tokens=42)) for i in range(5)]
+    assert driver.engine._pool.num_held("full") == 10
+    before = target.num_rows
+    for request in (other, asked[4].request, asked[3].request):  # still there
+        assert_plain(target, driver.answer(request))
+    assert target.num_rows - before == 3
+
+
+def test_a_tenant_whose_sessions_at_work_hold_its_quota_is_told_to_come_again_and_others_go_on(target: Target) -> None:
+    driver = Driver(target, room_tokens=200)
+    busy = [driver.ask(whole(prompt_of(16, i), tenant="full", max_cache_tokens=40, max_new_tokens=4)) for i in range(2)]
+    driver.step()
+    late = driver.ask(whole(prompt_of(16, 2), tenant="full", max_cache_tokens=40))
+    other = driver.ask(whole(prompt_of(40, 3), tenant="other", max_cache_tokens=40))
+    driver.step()
+    (refusal,) = late.answers
+    assert isinstance(refusal, Overloaded)
+    assert "max_cache_tokens" in refusal.reason
+    assert refusal.retry_after_ms > 0
+    assert other.done
+    driver.drive()
+    for one in (*busy, other, driver.answer(late.request)):
+        assert_plain(target, one)
+
+
+def test_of_decodes_that_outgrow_their_tenants_quota_the_last_one_makes_room(target: Target) -> None:
+    driver = Driver(target, room_tokens=400)
+    decodes = [driver.ask(whole(prompt_of(10, i), tenant="full", max_cache_tokens=40, max_new_tokens=20)) for i in range(3)]
+    driver.drive()
+    assert [type(asked.answers[-1]) for asked in decodes] == [Extended, Overloaded, Overloaded]
+    assert_plain(target, decodes[0])
+    for asked in decodes[1:]:
+        context = [*asked.request.context_ids, *(a.next_token_id for a in asked.answers if isinstance(a, Extended))]
+        resumed = driver.answer(whole(context, tenant="full", max_cache_tokens=40, max_new_tokens=30 - len(context)))
+        assert target.plain.decode(context, 30 - len(context)).agrees_with(resumed.token_ids)
+
+
+def test_a_page_that_several_sessions_of_a_tenant_hold_counts_once(target: Target) -> None:
+    driver = Driver(target, room_tokens=200)
+    asked = [
+        driver.ask(whole([*prompt_of(24), i], tenant="full", max_cache_tokens=36, max_new_tokens=3, sampling=SAMPLED))
+        for i in range(3)
+    ]
+    driver.drive()
+    for one in asked:
+        assert_plain(target, one)
+
+
+@pytest.mark.parametrize("max_cache_tokens", [1, 4, 17, 40])
+def test_a_context_as_long_as_the_quota_is_answered(target: Target, max_cache_tokens: int) -> None:
+    driver = Driver(target, room_tokens=200)
+    for salt in range(3):  # with what is left of others in the way
+        request = whole(prompt_of(max_cache_tokens, salt), tenant="full", max_cache_tokens=max_cache_tokens)
+        assert_plain(target, driver.answer(request))
+
+
 def test_a_server_of_busy_sessions_takes_no_more_until_one_is_idle(target: Target) -> None:
     driver = Driver(target, max_sessions=2)
     busy = [driver.ask(whole(prompt_of(4, i), max_new_tokens=4)) for i in range(2)]

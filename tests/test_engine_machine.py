@@ -53,7 +53,8 @@ LEAST_SEEN = {
     "queued": 100,
     "refused": 20,
     "overloaded": 20,
-    "failed": 10,
+    "over quota": 4,
+    "failed": 5,
     "cancelled at work": 20,
     "cancelled in a queue": 4,
     "accepted in part": 100,
@@ -148,9 +149,12 @@ class EngineMachine(RuleBasedStateMachine):
         return self.now_s
 
     @initialize(
-        num_pages=st.sampled_from([12, 16, 24]), max_rows=st.sampled_from([6, 512]), max_sessions=st.sampled_from([4, 99, 99])
+        num_pages=st.sampled_from([12, 16, 24]),
+        max_rows=st.sampled_from([6, 512]),
+        max_sessions=st.sampled_from([4, 99, 99]),
+        quota_tokens=st.sampled_from([None, 30]),
     )
-    def start(self, num_pages: int, max_rows: int, max_sessions: int) -> None:
+    def start(self, num_pages: int, max_rows: int, max_sessions: int, quota_tokens: int | None) -> None:
         self.engine = Engine(
             self.target,
             cache_bytes=num_pages * PAGE_SIZE * self.target.bytes_per_token,
@@ -161,6 +165,7 @@ class EngineMachine(RuleBasedStateMachine):
             fewest_shared=FEWEST_SHARED,
         )
         self.max_sessions = max_sessions
+        self.quotas = {"a": None, "b": quota_tokens}
         self.pool, self.sessions = self.engine._pool, self.engine._sessions
         self.copy, self.pool.copy_slots = self.pool.copy_slots, self.watched_copy
         batcher = self.engine._batcher
@@ -322,13 +327,14 @@ class EngineMachine(RuleBasedStateMachine):
 
     def fit(self, client: Client, num_more: int) -> None:
         """What the service would refuse as too long is not asked."""
-        if len(client.tokens) + num_more > self.engine.max_context_tokens:
-            client.tokens = client.tokens[: self.engine.max_context_tokens // 2]
+        window = self.quotas[client.tenant] or self.engine.max_context_tokens
+        if len(client.tokens) + num_more > window:
+            client.tokens = client.tokens[: window // 2]
             client.num_known = min(client.num_known, len(client.tokens) - 1)
 
     def ask(self, client: Client, sampling: SamplingSettings, **options: object) -> None:
         start, tokens = client.num_known, tuple(client.tokens)
-        options = {"tenant": client.tenant, **options}
+        options = {"tenant": client.tenant, "max_cache_tokens": self.quotas[client.tenant], **options}
         request = Extend(client.session_id, start, tokens[start:], context_hash(tokens[:start]), sampling, **options)  # type: ignore[arg-type]
         self.submit(client, request, tokens)
 
@@ -390,7 +396,7 @@ class EngineMachine(RuleBasedStateMachine):
     def settle(self, client: Client, *, before_step: bool = False) -> None:
         """Those who have gone leave the queue: who waits when his turn comes, who is at work before the next pass."""
         while client.queue and client.queue[0].cancelled and (before_step or not client.queue[0].admitted):
-            client.queue.pop(0)
+            client.may_expire |= client.queue.pop(0).admitted
         if not client.queue:
             if client.released:
                 client.held, client.released = None, False
@@ -417,9 +423,14 @@ class EngineMachine(RuleBasedStateMachine):
         assert answer.retry_after_ms > 0
         others = [client for client in self.clients if client.queue and client is not asked.client]
         assert others, "there was room: nobody else was at work"
-        if not asked.admitted or "session" in answer.reason:
+        if "every session" in answer.reason:
             assert len(self.sessions) == len(others) == self.max_sessions
             asked.client.held = None
+        elif "max_cache_tokens" in answer.reason:
+            self.seen["over quota"] += 1
+            theirs = [s for s in self.all_sessions if self.tenant_of(s) == asked.client.tenant]
+            assert any(client.tenant == asked.client.tenant for client in others)
+            assert all(s.busy or not s.table.num_pages for s in theirs), "one's own idle sessions make room first"
         else:
             assert all(s.busy or not s.table.num_pages or s.session_id == asked.client.session_id for s in self.all_sessions)
 
@@ -498,6 +509,10 @@ class EngineMachine(RuleBasedStateMachine):
         assert len(free) == self.pool._num_empty
         assert {page: digest for digest, page in self.pool._published.items()} == self.pool._digests
         assert not free & set(self.pool._digests)
+        for tenant, quota_tokens in self.quotas.items():
+            theirs = {page for s in self.all_sessions if self.tenant_of(s) == tenant for page in s.table._pages}
+            assert self.pool.num_held(tenant) == len(theirs)
+            assert quota_tokens is None or len(theirs) <= -(-quota_tokens // PAGE_SIZE)
         self.seen["shared"] += max(holders.values(), default=0) > 1
 
     @invariant()
@@ -572,6 +587,6 @@ def test_pages_and_choices_stay_right_whatever_comes(model: tuple[TargetModel, O
 
 def test_the_machine_gets_everywhere(model: tuple[TargetModel, Oracle]) -> None:
     """The same runs every time, counted: what holds because nothing happens would prove nothing."""
-    how = settings(max_examples=60, stateful_step_count=50, derandomize=True, database=None, phases=[Phase.generate])
+    how = settings(max_examples=80, stateful_step_count=50, derandomize=True, database=None, phases=[Phase.generate])
     seen = run(model, how)
     assert {name: seen[name] for name, least in LEAST_SEEN.items() if seen[name] < least} == {}, seen
