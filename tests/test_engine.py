@@ -482,6 +482,23 @@ def test_nobody_waits_for_one_that_finds_no_pages(target: Target) -> None:
         assert_plain(target, one)
 
 
+def test_nobody_waits_for_one_that_has_read_it_but_whose_pages_cannot_be_found(target: Target) -> None:
+    driver = Driver(target, room_tokens=400, fewest_shared=12, max_rows=10)
+    session = new_id()
+    first = driver.ask(whole(prompt_of(30), session))
+    driver.step()
+    decode = driver.ask(whole(prompt_of(30), deadline_s=time.monotonic() + PATIENCE_S, max_new_tokens=40))
+    driver.step(4)
+    driver.cancel(first)
+    driver.drive(driver.ask(whole(prompt_of(30, 1), session)))  # over the pages under which the beginning was found
+    late = driver.ask(whole(prompt_of(30)))
+    driver.drive(late)
+    assert not decode.done
+    driver.drive()
+    for one in (decode, late):
+        assert_plain(target, one)
+
+
 def test_tenants_do_not_share(target: Target) -> None:
     driver = Driver(target)
     driver.answer(whole(prompt_of(30), tenant="a"))
@@ -830,13 +847,14 @@ def test_a_tenant_whose_sessions_at_work_hold_its_quota_is_told_to_come_again_an
 
 def test_of_decodes_that_outgrow_their_tenants_quota_the_last_one_makes_room(target: Target) -> None:
     driver = Driver(target, room_tokens=400)
-    decodes = [driver.ask(whole(prompt_of(10, i), tenant="full", max_cache_tokens=40, max_new_tokens=20)) for i in range(3)]
+    options: dict[str, Any] = {"tenant": "full", "max_cache_tokens": 40}
+    decodes = [driver.ask(whole(prompt_of(12 - i, i), **options, max_new_tokens=20)) for i in range(3)]
     driver.drive()
     assert [type(asked.answers[-1]) for asked in decodes] == [Extended, Overloaded, Overloaded]
     assert_plain(target, decodes[0])
     for asked in decodes[1:]:
         context = [*asked.request.context_ids, *(a.next_token_id for a in asked.answers if isinstance(a, Extended))]
-        resumed = driver.answer(whole(context, tenant="full", max_cache_tokens=40, max_new_tokens=30 - len(context)))
+        resumed = driver.answer(whole(context, **options, max_new_tokens=30 - len(context)))
         assert target.plain.decode(context, 30 - len(context)).agrees_with(resumed.token_ids)
 
 
@@ -848,6 +866,23 @@ def test_a_page_that_several_sessions_of_a_tenant_hold_counts_once(target: Targe
     ]
     driver.drive()
     for one in asked:
+        assert_plain(target, one)
+
+
+def test_pages_that_are_found_count_before_anything_is_written(target: Target) -> None:
+    driver = Driver(target, room_tokens=200, max_rows=1)
+    options: dict[str, Any] = {"tenant": "full", "max_cache_tokens": 40}
+    before = new_id()
+    driver.answer(whole(prompt_of(32), before, **options))
+    driver.release(before)
+    busy = driver.ask(whole(prompt_of(20, 1), **options, max_new_tokens=6, deadline_s=time.monotonic() + PATIENCE_S))
+    driver.step(20)
+    found = driver.ask(whole([*prompt_of(32), 1], **options))
+    while not busy.done:
+        driver.step()
+        assert driver.engine._pool.num_held("full") <= 10
+    driver.drive()
+    for one in (busy, found):
         assert_plain(target, one)
 
 
