@@ -76,7 +76,6 @@ class VerificationService(pb_grpc.VerificationServicer):
             codec.refuse_unknown_fields(request)
         except ConfigError as error:
             await abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        load = self._engine.load
         identity, limits = self._identity, self._limits
         return pb.DescribeReply(
             protocol_version=codec.PROTOCOL_VERSION,
@@ -92,15 +91,7 @@ class VerificationService(pb_grpc.VerificationServicer):
                 max_message_bytes=limits.max_message_bytes,
                 max_sessions=limits.max_sessions,
             ),
-            load=pb.Load(
-                num_sessions=load.num_sessions,
-                num_waiting=load.num_waiting,
-                num_free_pages=load.num_free_pages,
-                num_pages=load.num_pages,
-                pass_base_ms=load.cost.base_ms,
-                pass_per_token_ms=load.cost.per_token_ms,
-                pass_per_context_token_ms=load.cost.per_context_token_ms,
-            ),
+            load=self._load(),
         )
 
     async def Verify(  # noqa: N802
@@ -121,15 +112,19 @@ class VerificationService(pb_grpc.VerificationServicer):
                         queue_ms=answer.queue_ms,
                         compute_ms=answer.compute_ms,
                         target_passes=answer.target_passes,
-                        num_waiting=self._engine.load.num_waiting,
+                        load=self._load(),
                     )
         raise AssertionError("the engine gave no answer")
 
     async def Decode(  # noqa: N802
         self, request: pb.DecodeRequest, context: ServicerContext[pb.DecodeRequest, pb.DecodeReply]
     ) -> None:
-        """The target's own tokens, one a message. A reader that takes none for too long is left, and its session freed."""
+        """The target's own tokens, one a message. A reader that takes none for too long is left, and its session freed.
+
+        The load goes with the first and the last: with every one it would double what a token costs.
+        """
         extend = await self._accept(request, context)
+        first = True
         try:
             with self._place("Decode", extend) as extended:
                 async with aclosing(self._engine.extend(extend)) as answers:  # type: ignore[type-var]
@@ -142,7 +137,9 @@ class VerificationService(pb_grpc.VerificationServicer):
                             queue_ms=answer.queue_ms,
                             compute_ms=answer.compute_ms,
                             target_passes=answer.target_passes,
+                            load=self._load() if first or answer.last else None,
                         )
+                        first = False
                         async with asyncio.timeout(self._slow_reader_s):
                             await context.write(reply)
         except grpc.aio.InternalError as error:  # gRPC's word for a write to who has gone
@@ -168,6 +165,18 @@ class VerificationService(pb_grpc.VerificationServicer):
         account.forget_session(session_id)
         self._engine.release(session_id)
         return pb.ReleaseReply()
+
+    def _load(self) -> pb.Load:
+        load = self._engine.load
+        return pb.Load(
+            num_sessions=load.num_sessions,
+            num_waiting=load.num_waiting,
+            num_free_pages=load.num_free_pages,
+            num_pages=load.num_pages,
+            pass_base_ms=load.cost.base_ms,
+            pass_per_token_ms=load.cost.per_token_ms,
+            pass_per_context_token_ms=load.cost.per_context_token_ms,
+        )
 
     def _window(self, account: Account) -> int:
         """Tokens that a context may have: what a tenant's whole quota could not hold would never be answered."""
