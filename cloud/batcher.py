@@ -11,7 +11,7 @@ import torch
 from edgecloud.cloud.attention import KVPool, PagedBatch, tensor_ids
 from edgecloud.cloud.pages import OutOfPagesError
 from edgecloud.cloud.pass_cost import PassCostFit
-from edgecloud.cloud.sessions import Session, SessionStore
+from edgecloud.cloud.sessions import OverQuotaError, Session, SessionStore
 from edgecloud.cloud.work import Answer, Extend
 from edgecloud.kernels.attention import Segment
 
@@ -36,6 +36,7 @@ class Job:
     num_emitted: int = 0  # tokens of a decode
     cancelled: bool = False
     is_prompt: bool = False  # set while planning, until the first choice: a prompt's last chunk is no short request
+    starved: bool = False  # found no pages when it was last planned
     compute_ms: float = 0.0
     target_passes: float = 0.0
 
@@ -71,12 +72,24 @@ class Share:
         return max(0, self.stop - self.choices_from)
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A pass."""
+
+    shares: list[Share] = field(default_factory=list)
+    starved: list[Job] = field(default_factory=list)  # found no pages
+    over_quota: list[Job] = field(default_factory=list)  # their tenants' busy sessions hold all that those may
+
+
 class Batcher:
     """Decides who goes into the next pass.
 
     Short requests (a draft, the next token of a decode) go before prompts. Among either kind the tenant that has had the fewest
     rows comes first, then who has the least slack before the deadline, then who has waited longest. Prompts take the rows that
     are left, as many as keep the pass within `STRETCH` of what it would have taken without them.
+
+    A job that has nothing cached yet takes the pages of what its tenant's others have read. While one of those is still reading
+    what it could take, it waits.
     """
 
     def __init__(self, sessions: SessionStore, max_rows: int, fit: PassCostFit, fewest_shared: int = 0) -> None:
@@ -86,20 +99,45 @@ class Batcher:
         self._fit = fit
         self._rows_had: dict[str, float] = {}  # by tenant, since it last was idle
 
-    def plan(self, jobs: Sequence[Job], now_s: float) -> tuple[list[Share], list[Job]]:
-        """Pick shares of at most `max_rows` rows in all.  -> (shares, jobs that found no pages)"""
-        shares: list[Share] = []
-        starved: list[Job] = []
+    def plan(self, jobs: Sequence[Job], now_s: float) -> Plan:
+        """Pick shares of at most `max_rows` rows in all."""
+        plan = Plan()
         self._welcome({job.request.tenant for job in jobs})
-        for job in jobs:
-            if not job.open_session.table.num_pages:  # new, or evicted: others may have read the same
-                job.open_session.table.adopt(job.open_session.tokens[: job.context_length - 1], self._fewest_shared)
+        ready = [job for job in jobs if job.open_session.table.num_pages or not self._waits_for_others(job, jobs)]
+        for job in ready:
             job.is_prompt |= job.num_rows > SHORT_ROWS
-        self._share_out([job for job in jobs if not job.is_prompt], self._max_rows, now_s, shares, starved)
-        self._share_out([job for job in jobs if job.is_prompt], self._rows_for_prompts(shares), now_s, shares, starved)
-        return shares, starved
+        self._share_out([job for job in ready if not job.is_prompt], self._max_rows, now_s, plan)
+        self._share_out([job for job in ready if job.is_prompt], self._rows_for_prompts(plan.shares), now_s, plan)
+        for job in jobs:
+            job.starved = job in plan.starved or job in plan.over_quota
+        return plan
 
-    def _share_out(self, jobs: list[Job], room: int, now_s: float, shares: list[Share], starved: list[Job]) -> None:
+    def _waits_for_others(self, job: Job, jobs: Sequence[Job]) -> bool:
+        """Take what others have read, or wait: whether one of its tenant is about to have read enough more to be worth it.
+
+        Only for one that is as urgent and came first: so nobody waits in a circle, nor for who comes after. Whoever is waited for
+        either reads on or is not waited for in the next pass, so the wait ends.
+        """
+        session = job.open_session
+        context = session.tokens[: job.context_length - 1]
+        found = self._sessions.adopt(session, context, self._fewest_shared, job.request.max_cache_tokens)
+        length = session.table.whole_pages(found + max(1, self._fewest_shared))
+        if length > len(context):
+            return False
+        for other in jobs:
+            theirs = other.open_session
+            if (
+                _turn(other) < _turn(job)
+                and other.request.tenant == job.request.tenant
+                and not other.starved
+                and theirs.table.length < length
+                and theirs.tokens[:length] == context[:length]
+            ):
+                session.table.release()  # what is held while waiting would be missing elsewhere
+                return True
+        return False
+
+    def _share_out(self, jobs: list[Job], room: int, now_s: float, plan: Plan) -> None:
         """Give rows to jobs, one tenant after another, until there is no room or no job."""
         queues: dict[str, deque[Job]] = {}
         for job in sorted(jobs, key=lambda job: (self._slack_ms(job, now_s), job.arrived_s)):
@@ -113,13 +151,16 @@ class Batcher:
             start = session.table.length
             stop = min(len(session.tokens), start + room)
             try:
-                self._sessions.reserve(session, stop)
+                self._sessions.reserve(session, stop, job.request.max_cache_tokens)
             except OutOfPagesError:
-                starved.append(job)
+                plan.starved.append(job)
+                continue
+            except OverQuotaError:
+                plan.over_quota.append(job)
                 continue
             room -= stop - start
             self._rows_had[tenant] += stop - start
-            shares.append(Share(job, start, stop, max(start, job.context_length - 1)))
+            plan.shares.append(Share(job, start, stop, max(start, job.context_length - 1)))
 
     def _slack_ms(self, job: Job, now_s: float) -> float:
         """What is left before the deadline once its own pass is paid."""
@@ -142,6 +183,10 @@ class Batcher:
         present = {tenant: had for tenant, had in self._rows_had.items() if tenant in tenants}
         level = min(present.values(), default=0.0)
         self._rows_had = {tenant: present.get(tenant, level) - level for tenant in tenants}
+
+
+def _turn(job: Job) -> tuple[float, float, int]:
+    return job.request.deadline_s, job.arrived_s, job.number
 
 
 def pack(shares: list[Share], pool: KVPool, device: torch.device) -> PagedBatch:

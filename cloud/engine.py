@@ -108,9 +108,11 @@ class Engine:
         for job in [job for job in self._jobs if job.cancelled]:
             self._sessions.expire_soon(job.open_session, now + CANCELLED_GRACE_S)
             self._finish(job)
-        shares, starved = self._batcher.plan(self._jobs, now)
-        if starved and not shares:  # nobody can go on: the youngest makes room
-            self._finish(starved[-1], Overloaded("the key-value cache is full", RETRY_AFTER_MS))
+        plan = self._batcher.plan(self._jobs, now)
+        refused = self._refuse_over_quota(plan.over_quota)
+        shares = [share for share in plan.shares if share.job not in refused]
+        if plan.starved and not plan.shares and not refused:  # nobody can go on: the youngest makes room
+            self._finish(plan.starved[-1], Overloaded("the key-value cache is full", RETRY_AFTER_MS))
         if not shares:
             return
         started = time.perf_counter()
@@ -161,6 +163,17 @@ class Engine:
         session.replace_from(request.context_start, request.context_ids + request.draft_ids)
         session.table.crop_to(job.context_length - 1)  # the logits of the context's last token are needed
         self._jobs.append(job)
+
+    def _refuse_over_quota(self, over_quota: list[Job]) -> list[Job]:
+        """Of each tenant that could not go on, the request that came last makes room for the others."""
+        refused = []
+        for tenant in {job.request.tenant for job in over_quota}:
+            theirs = [job for job in self._jobs if job.request.tenant == tenant]
+            job = max((job for job in theirs if job in over_quota or job.open_session.table.num_pages), key=lambda job: job.number)
+            job.open_session.table.release()
+            self._finish(job, Overloaded("this tenant's sessions at work hold all of its max_cache_tokens", RETRY_AFTER_MS))
+            refused.append(job)
+        return refused
 
     def _finish(self, job: Job, answer: Answer | None = None) -> None:
         """Take a job off the list, answer it, and let the session's next one in."""

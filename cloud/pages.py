@@ -8,7 +8,7 @@ into it. A published page that nobody holds any more stays until room is needed,
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -40,6 +40,8 @@ class PagePool:
         self._free = np.ones(num_pages, np.bool_)
         self._num_empty = num_pages
         self._num_holders = np.zeros(num_pages, np.int64)
+        self._tenants = [""] * num_pages  # whose text a page holds, as long as it is not empty
+        self._num_held: Counter[str] = Counter()  # pages by tenant; one that several of its sessions hold counts once
         self._published: dict[bytes, int] = {}
         self._digests: dict[int, bytes] = {}  # the same, by page
         self._kept: OrderedDict[int, None] = OrderedDict()  # published and held by nobody, the least recently used first
@@ -49,7 +51,11 @@ class PagePool:
         """Pages that can be had: empty ones, and those that are merely kept."""
         return self._num_empty + len(self._kept)
 
-    def take(self, count: int, after: int | None) -> list[int]:
+    def num_held(self, tenant: str) -> int:
+        """Pages that sessions of `tenant` hold, each counted once."""
+        return self._num_held[tenant]
+
+    def take(self, count: int, after: int | None, tenant: str = "") -> list[int]:
         """Take `count` pages, following page `after` where possible. Raises OutOfPagesError and takes none."""
         if count > self.num_free:
             raise OutOfPagesError(f"{count} pages asked for, {self.num_free} of {self.num_pages} are free")
@@ -62,9 +68,11 @@ class PagePool:
                 page = self._start_of_new_run(missing)
             self._free[page] = False
             self._num_holders[page] = 1
+            self._tenants[page] = tenant
             pages.append(page)
             after = page
         self._num_empty -= count
+        self._num_held[tenant] += count
         return pages
 
     def give_back(self, pages: Sequence[int]) -> None:
@@ -74,6 +82,7 @@ class PagePool:
             self._num_holders[page] -= 1
             if self._num_holders[page]:
                 continue
+            self._num_held[self._tenants[page]] -= 1
             if page in self._digests:
                 self._kept[page] = None
             else:
@@ -90,6 +99,7 @@ class PagePool:
         page = self._published.get(digest)
         if page is not None:
             self._kept.pop(page, None)
+            self._num_held[self._tenants[page]] += not self._num_holders[page]
             self._num_holders[page] += 1
         return page
 
@@ -132,6 +142,7 @@ class PageTable:
 
     def __init__(self, pool: PagePool, tenant: str = "") -> None:
         self._pool = pool
+        self.tenant = tenant
         self._root = hashlib.blake2b(tenant.encode(), digest_size=16).digest()
         self._pages: list[int] = []
         self._digests: list[bytes] = []  # of the pages, from the first on, that were published or found
@@ -142,10 +153,14 @@ class PageTable:
         """Pages held, whether full or not."""
         return len(self._pages)
 
-    def adopt(self, tokens: Sequence[int], fewest: int = 0) -> None:
+    def whole_pages(self, num_tokens: int) -> int:
+        """Tokens in as many pages as `num_tokens` take."""
+        return -(-num_tokens // self._pool.page_size) * self._pool.page_size
+
+    def adopt(self, tokens: Sequence[int], fewest: int = 0) -> int:
         """Hold what is published of `tokens`, as far as full pages reach; less than `fewest` tokens are left alone.
 
-        For a table that holds nothing.
+        For a table that holds nothing.  -> tokens it has now
         """
         assert not self._pages, "a table adopts pages before it has any of its own"
         for start in range(0, len(tokens) - self._pool.page_size + 1, self._pool.page_size):
@@ -158,6 +173,7 @@ class PageTable:
         self.length = len(self._pages) * self._pool.page_size
         if self.length < fewest:
             self.release()
+        return self.length
 
     def publish(self, tokens: Sequence[int]) -> None:
         """Let others find the full pages. `tokens` begin with those that the table holds."""
@@ -175,21 +191,29 @@ class PageTable:
         """
         if length <= self.length:
             return
-        size = self._pool.page_size
-        num_pages = -(-length // size)
-        first = self.length // size
-        written = range(first, min(num_pages, len(self._pages)))
-        shared = [i for i in written if self._pool.is_shared(self._pages[i])]
-        missing = max(0, num_pages - len(self._pages))
-        if missing + len(shared) > 0:
-            taken = self._pool.take(missing + len(shared), self._pages[-1] if self._pages else None)
-            for i in shared:
-                self._replace(i, taken.pop())
+        written = self._written(length)
+        missing = self.num_missing(length)
+        if missing:
+            taken = self._pool.take(missing, self._pages[-1] if self._pages else None, self.tenant)
+            for i in written:
+                if self._pool.is_shared(self._pages[i]):
+                    self._replace(i, taken.pop())
             self._pages += taken
         if written:
-            del self._digests[first:]
+            del self._digests[written.start :]
             for i in written:
                 self._pool.withdraw(self._pages[i])
+
+    def num_missing(self, length: int) -> int:
+        """Pages that `reserve` would take from the pool."""
+        num_shared = sum(self._pool.is_shared(self._pages[i]) for i in self._written(length))
+        return num_shared + max(0, -(-length // self._pool.page_size) - len(self._pages))
+
+    def _written(self, length: int) -> range:
+        """Of the pages held those that positions from the cached ones to `length` lie in."""
+        if length <= self.length:
+            return range(0)
+        return range(self.length // self._pool.page_size, min(-(-length // self._pool.page_size), len(self._pages)))
 
     def _replace(self, i: int, page: int) -> None:
         """Leave a shared page to the others, with a copy of what is still wanted of it."""

@@ -20,6 +20,7 @@ class Quota:
 
     max_requests: int | None = None  # at a time
     max_sessions: int | None = None  # an idle one makes room for a new one
+    max_cache_tokens: int | None = None  # keys and values that its sessions hold; idle ones make room
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None  # that the target reads and makes: context it lacks, drafts, choices
 

@@ -15,7 +15,7 @@ from grpc.aio import ServicerContext
 
 from edgecloud.cloud.engine_client import AsyncEngine
 from edgecloud.cloud.metrics import Metrics
-from edgecloud.cloud.quotas import ACCOUNT
+from edgecloud.cloud.quotas import ACCOUNT, Account
 from edgecloud.cloud.spans import call_span
 from edgecloud.cloud.status import abort
 from edgecloud.cloud.work import Answer, Extend, Extended, Failed, Gone, Overloaded, Refused
@@ -78,7 +78,6 @@ class VerificationService(pb_grpc.VerificationServicer):
             codec.refuse_unknown_fields(request)
         except ConfigError as error:
             await abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        load = self._engine.load
         identity, limits = self._identity, self._limits
         return pb.DescribeReply(
             protocol_version=codec.PROTOCOL_VERSION,
@@ -90,20 +89,12 @@ class VerificationService(pb_grpc.VerificationServicer):
             dtype=identity.dtype,
             exact=identity.exact,
             limits=pb.Limits(
-                max_context_tokens=limits.max_context_tokens,
+                max_context_tokens=self._window(ACCOUNT.get()),
                 max_draft_tokens=limits.max_draft_tokens,
                 max_message_bytes=limits.max_message_bytes,
                 max_sessions=limits.max_sessions,
             ),
-            load=pb.Load(
-                num_sessions=load.num_sessions,
-                num_waiting=load.num_waiting,
-                num_free_pages=load.num_free_pages,
-                num_pages=load.num_pages,
-                pass_base_ms=load.cost.base_ms,
-                pass_per_token_ms=load.cost.per_token_ms,
-                pass_per_context_token_ms=load.cost.per_context_token_ms,
-            ),
+            load=self._load(),
         )
 
     async def Verify(  # noqa: N802
@@ -124,15 +115,19 @@ class VerificationService(pb_grpc.VerificationServicer):
                         queue_ms=answer.queue_ms,
                         compute_ms=answer.compute_ms,
                         target_passes=answer.target_passes,
-                        num_waiting=self._engine.load.num_waiting,
+                        load=self._load(),
                     )
         raise AssertionError("the engine gave no answer")
 
     async def Decode(  # noqa: N802
         self, request: pb.DecodeRequest, context: ServicerContext[pb.DecodeRequest, pb.DecodeReply]
     ) -> None:
-        """The target's own tokens, one a message. A reader that takes none for too long is left, and its session freed."""
+        """The target's own tokens, one a message. A reader that takes none for too long is left, and its session freed.
+
+        The load goes with the first and the last: with every one it would double what a token costs.
+        """
         extend = await self._accept(request, context)
+        first = True
         try:
             with self._place("Decode", extend) as extended:
                 async with aclosing(self._engine.extend(extend)) as answers:  # type: ignore[type-var]
@@ -145,7 +140,9 @@ class VerificationService(pb_grpc.VerificationServicer):
                             queue_ms=answer.queue_ms,
                             compute_ms=answer.compute_ms,
                             target_passes=answer.target_passes,
+                            load=self._load() if first or answer.last else None,
                         )
+                        first = False
                         async with asyncio.timeout(self._slow_reader_s):
                             await context.write(reply)
         except grpc.aio.InternalError as error:  # gRPC's word for a write to who has gone
@@ -171,6 +168,22 @@ class VerificationService(pb_grpc.VerificationServicer):
         account.forget_session(session_id)
         self._engine.release(session_id)
         return pb.ReleaseReply()
+
+    def _load(self) -> pb.Load:
+        load = self._engine.load
+        return pb.Load(
+            num_sessions=load.num_sessions,
+            num_waiting=load.num_waiting,
+            num_free_pages=load.num_free_pages,
+            num_pages=load.num_pages,
+            pass_base_ms=load.cost.base_ms,
+            pass_per_token_ms=load.cost.per_token_ms,
+            pass_per_context_token_ms=load.cost.per_context_token_ms,
+        )
+
+    def _window(self, account: Account) -> int:
+        """Tokens that a context may have: what a tenant's whole quota could not hold would never be answered."""
+        return min(self._limits.max_context_tokens, account.quota.max_cache_tokens or self._limits.max_context_tokens)
 
     async def _accept(self, request: pb.VerifyRequest | pb.DecodeRequest, context: ServicerContext[Any, Any]) -> Extend:
         """The checked request; one that is refused ends the call."""
@@ -232,16 +245,15 @@ class VerificationService(pb_grpc.VerificationServicer):
             raise ConfigError(f"stop_token_ids has {len(stop_ids)} ids; it takes at most {MAX_STOP_TOKEN_IDS}")
         if len(draft_ids) > self._limits.max_draft_tokens:
             raise ConfigError(f"the draft has {len(draft_ids)} tokens; this service takes at most {self._limits.max_draft_tokens}")
-        if length + len(draft_ids) > self._limits.max_context_tokens:
-            raise ConfigError(
-                f"context and draft have {length + len(draft_ids)} tokens; "
-                f"this service's window is {self._limits.max_context_tokens}"
-            )
+        account = ACCOUNT.get()
+        window = self._window(account)
+        if length + len(draft_ids) > window:
+            whose = "this service's window" if window == self._limits.max_context_tokens else "this tenant's max_cache_tokens"
+            raise ConfigError(f"context and draft have {length + len(draft_ids)} tokens; {whose} is {window}")
         context_ids, draft_ids = tuple(request.context_ids), tuple(draft_ids)  # not before: a message holds a million
         highest = max(max(context_ids, default=0), max(draft_ids, default=0))
         if highest >= self._identity.vocab_size:
             raise ConfigError(f"token id {highest} is outside the vocabulary of {self._identity.vocab_size}")
-        account = ACCOUNT.get()
         return Extend(
             session_id=account.session_id(request.session_id),
             context_start=request.context_start,
@@ -249,9 +261,10 @@ class VerificationService(pb_grpc.VerificationServicer):
             context_hash=request.context_hash,
             sampling=codec.sampling_from_wire(request.sampling),
             draft_ids=draft_ids,
-            max_new_tokens=min(max_new_tokens, self._limits.max_context_tokens - length + 1),
+            max_new_tokens=min(max_new_tokens, window - length + 1),
             stop_token_ids=frozenset(stop_ids),
             tenant=account.tenant,
+            max_cache_tokens=account.quota.max_cache_tokens,
             deadline_s=_deadline_s(context),
         )
 

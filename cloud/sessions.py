@@ -10,6 +10,10 @@ from edgecloud.rpc.codec import context_hash
 from edgecloud.tokens import common_prefix
 
 
+class OverQuotaError(Exception):
+    """A tenant's sessions at work hold all the pages that it may have."""
+
+
 @dataclass(slots=True)
 class Session:
     """Tokens are the state; the pages are a cache of it and may be taken away at any time between passes."""
@@ -79,21 +83,50 @@ class SessionStore:
         session.last_used_s = min(session.last_used_s, at_s - self._idle_s)
         self._sessions.move_to_end(session.session_id, last=False)
 
-    def reserve(self, session: Session, length: int) -> None:
+    def adopt(self, session: Session, tokens: list[int], fewest: int, max_cache_tokens: int | None) -> int:
+        """Pages of what others of the tenant have read, as far as its quota goes.  -> tokens that the session has now"""
+        session.table.adopt(tokens, fewest)
+        if not self._is_within(max_cache_tokens, session):
+            session.table.release()
+        return session.table.length
+
+    def reserve(self, session: Session, length: int, max_cache_tokens: int | None = None) -> None:
         """Pages for `length` tokens, evicting idle sessions' caches, the least recently used first.
 
+        The session's tenant holds at most `max_cache_tokens`, rounded up to a page; for this only its own sessions are evicted.
         An evicted session keeps its tokens, so the next request on it rebuilds the cache without asking the client.
 
         Raises:
+            OverQuotaError: every page of the tenant's belongs to a busy session.
             OutOfPagesError: every page belongs to a busy session.
         """
+        if session.table.num_missing(length) and not self._is_within(max_cache_tokens, session, length):
+            raise OverQuotaError
         while True:
             try:
                 session.table.reserve(length)
             except OutOfPagesError:
-                idle = next((s for s in self._sessions.values() if not s.busy and s.table.num_pages and s is not session), None)
-                if idle is None:
+                if not self._evict(session):
                     raise
-                idle.table.release()
             else:
                 return
+
+    def _is_within(self, max_cache_tokens: int | None, session: Session, length: int = 0) -> bool:
+        """Whether the tenant may hold what it does, and `length` tokens of the session; after idle sessions of its made room."""
+        if max_cache_tokens is None:
+            return True
+        table = session.table
+        max_pages = -(-max_cache_tokens // self._pool.page_size)
+        while self._pool.num_held(table.tenant) + table.num_missing(length) > max_pages:
+            if not self._evict(session, table.tenant):
+                return False
+        return True
+
+    def _evict(self, keep: Session, tenant: str | None = None) -> bool:
+        """Take the pages of the session that has been idle for longest, of a tenant or of all; False: none is idle."""
+        for session in self._sessions.values():
+            table = session.table
+            if not session.busy and table.num_pages and session is not keep and tenant in (None, table.tenant):
+                table.release()
+                return True
+        return False

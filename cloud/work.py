@@ -26,6 +26,7 @@ class Extend(msgspec.Struct, frozen=True, tag=True):
     max_new_tokens: int = 1
     stop_token_ids: frozenset[int] = frozenset()
     tenant: str = ""  # who is charged: tenants get even shares of a crowded pass
+    max_cache_tokens: int | None = None  # that the tenant's sessions may hold in all; None: as many as there are
     deadline_s: float = math.inf  # of time.monotonic(), which all processes of a machine share
 
 

@@ -35,7 +35,7 @@ from edgecloud.rpc import edgecloud_pb2 as pb
 from edgecloud.rpc import edgecloud_pb2_grpc as pb_grpc
 from edgecloud.sampling import SamplingSettings
 from edgecloud.tokens import common_prefix
-from edgecloud.types import CallCost, Round, Service, Verdict
+from edgecloud.types import CallCost, Round, Service, ServiceLoad, Verdict
 
 RELEASE_TIMEOUT_S = 2.0
 
@@ -94,6 +94,7 @@ class Cloud:
             self._channel = grpc.secure_channel(address, channel_credentials(tls), options)
         self.stub = pb_grpc.VerificationStub(self._channel)
         self._releases: set[Any] = set()  # under way
+        self.load: ServiceLoad | None = None  # the latest that any reply told
 
     def describe(self, *, wait: bool) -> Service:
         """The handshake. With `wait`, a refused connection is tried again until the connect timeout.
@@ -117,6 +118,7 @@ class Cloud:
                 f"{self.address} speaks protocol version {reply.protocol_version}, this client {codec.PROTOCOL_VERSION}; "
                 f"upgrade the older side"
             )
+        self.heard(reply)
         return Service(
             protocol_version=reply.protocol_version,
             server_version=reply.server_version,
@@ -129,6 +131,11 @@ class Cloud:
             max_context_tokens=reply.limits.max_context_tokens,
             max_draft_tokens=reply.limits.max_draft_tokens,
         )
+
+    def heard(self, reply: pb.DescribeReply | pb.VerifyReply | pb.DecodeReply) -> None:
+        """Keep the load, if it came along."""
+        if reply.HasField("load"):
+            self.load = codec.load_from_wire(reply.load)
 
     def release(self, session_id: bytes) -> None:
         """Tell the service that a session is over, without waiting for it. Unheard, it only costs the service its idle time."""
@@ -187,6 +194,7 @@ class RemoteVerifier:
             try:
                 for reply in call:
                     came = time.perf_counter()
+                    self._cloud.heard(reply)
                     log += reply.token_ids
                     self._server_tokens = list(log)
                     retry.succeeded()
@@ -244,9 +252,10 @@ class RemoteVerifier:
         """A fresh budget for one call."""
         return Retry(self._cloud.timeout, self.deadline_s, self._cloud.address)
 
-    def settled(self, tokens: list[int]) -> None:
+    def settled(self, tokens: list[int], reply: pb.VerifyReply) -> None:
         """The service has these tokens now."""
         self._server_tokens = tokens
+        self._cloud.heard(reply)
 
     def failed(self, retry: Retry, error: grpc.RpcError) -> None:
         """Learn from a failure and wait before the next attempt, or raise."""
@@ -298,7 +307,7 @@ class PendingVerify:
         if reply.num_accepted > len(self._draft_ids):
             raise ProtocolError(f"the service accepted {reply.num_accepted} of {len(self._draft_ids)} draft tokens")
         accepted = self._draft_ids[: reply.num_accepted]
-        self._verifier.settled([*self._tokens, *accepted, reply.next_token_id])
+        self._verifier.settled([*self._tokens, *accepted, reply.next_token_id], reply)
         cost = CallCost(
             target_passes=reply.target_passes,
             queue_ms=reply.queue_ms,

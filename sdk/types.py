@@ -128,6 +128,19 @@ class Reply:
 
 
 @dataclass(frozen=True, slots=True)
+class ServiceLoad:
+    """How busy a verification service was when a reply left it, and what its passes take, as fitted to the latest of them."""
+
+    num_sessions: int
+    num_waiting: int  # requests that had not had a pass yet
+    num_free_pages: int
+    num_pages: int
+    pass_base_ms: float  # a pass: base + per token * new tokens + per context token * tokens attended to; 0: not known yet
+    pass_per_token_ms: float
+    pass_per_context_token_ms: float
+
+
+@dataclass(frozen=True, slots=True)
 class Service:
     """What a verification service says of itself in the handshake."""
 

@@ -24,6 +24,7 @@ from typing import IO, Any, TypeVar
 
 import grpc
 import numpy as np
+import numpy.typing as npt
 import onnx
 import pytest
 import torch
@@ -91,16 +92,26 @@ class PlainTarget:
         settings = sampling or SamplingSettings()
         tokens, margins = list(prompt), []
         for _ in range(max_new_tokens):
-            with torch.inference_mode():
-                logits = self._model(torch.tensor([tokens])).logits[0, -1].numpy()
-            z = process(logits, tokens, settings)
-            if not settings.greedy:
-                z = z + gumbel(settings.seed, len(tokens), len(z))
-            tokens.append(int(z.argmax()))
-            margins.append(float(z.max() - np.partition(z, -2)[-2]))
-            if tokens[-1] in stop_token_ids:
+            token, margin = plain_choice(self.logits(tokens)[-1], tokens, settings)
+            tokens.append(token)
+            margins.append(margin)
+            if token in stop_token_ids:
                 break
         return Plain(tokens[len(prompt) :], margins)
+
+    def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """One full forward.  -> [len(tokens), vocab]"""
+        with torch.inference_mode():
+            logits: npt.NDArray[np.float32] = self._model(torch.tensor([list(tokens)])).logits[0].numpy()
+        return logits
+
+
+def plain_choice(logits: npt.NDArray[np.float32], tokens: Sequence[int], settings: SamplingSettings) -> tuple[int, float]:
+    """The token after `tokens`, chosen in float64, and by how much it won."""
+    z = process(logits, tokens, settings)
+    if not settings.greedy:
+        z = z + gumbel(settings.seed, len(tokens), len(z))
+    return int(z.argmax()), float(z.max() - np.partition(z, -2)[-2])
 
 
 plain_target = cache(PlainTarget)

@@ -31,7 +31,7 @@ class Desk:
 
     def ask(self, num_rows: int, *, tenant: str = "", deadline_s: float = math.inf, arrived_s: float = 0.0) -> Job:
         number = len(self.jobs)
-        request = Extend(b"%016d" % number, 0, (1,) * num_rows, 0, SamplingSettings(), tenant=tenant, deadline_s=deadline_s)
+        request = Extend(b"%016d" % number, 0, (number,) * num_rows, 0, SamplingSettings(), tenant=tenant, deadline_s=deadline_s)
         session = self._sessions.open(request.session_id, 0.0)
         assert session is not None
         session.tokens = list(request.context_ids)
@@ -39,9 +39,9 @@ class Desk:
         return self.jobs[-1]
 
     def plan(self) -> list[Share]:
-        shares, starved = self.batcher.plan(self.jobs, now_s=0.0)
-        assert not starved
-        return shares
+        plan = self.batcher.plan(self.jobs, now_s=0.0)
+        assert not plan.starved
+        return plan.shares
 
     def run(self, shares: Sequence[Share]) -> None:
         """As the engine does after a pass; who is through comes again with as much."""

@@ -394,6 +394,111 @@ def test_a_prefix_too_short_to_pay_is_read_again(target: Target) -> None:
         assert target.num_rows - before == num_rows
 
 
+@pytest.mark.parametrize("max_rows", [7, 512])
+def test_a_prompt_that_several_bring_at_the_same_time_is_read_once(target: Target, max_rows: int) -> None:
+    driver = Driver(target, room_tokens=400, fewest_shared=8, max_rows=max_rows)
+    before = target.num_rows
+    asked = [driver.ask(whole([*prompt_of(30), i], sampling=SAMPLED)) for i in range(4)]
+    driver.drive()
+    assert target.num_rows - before == 31 + 3 * 3  # 28 tokens lie in full pages
+    for one in asked:
+        assert_plain(target, one)
+
+
+def test_who_has_too_little_in_common_or_another_tenant_waits_for_nobody(target: Target) -> None:
+    driver = Driver(target, room_tokens=400, fewest_shared=8)
+    asked = [
+        driver.ask(whole(prompt, tenant=tenant))
+        for prompt, tenant in ((prompt_of(30), "a"), (prompt_of(30), "b"), ([*prompt_of(7), *prompt_of(23, 1)], "a"))
+    ]
+    driver.step()
+    for one in asked:
+        assert_plain(target, one)
+
+
+def test_who_could_take_little_more_than_has_been_read_does_not_wait_for_it(target: Target) -> None:
+    driver = Driver(target, room_tokens=400, fewest_shared=8, max_rows=24)
+    first = driver.ask(whole(prompt_of(60)))
+    driver.step()
+    before = target.num_rows
+    second = driver.ask(whole([*prompt_of(30), 1, 2, 3]))  # 28 tokens in common, 24 of which have been read
+    driver.step()
+    assert target.num_rows - before == 24, "both are in the pass"
+    driver.step()
+    assert second.done
+    driver.drive()
+    assert target.num_rows - before == 36 + 9
+    for one in (first, second):
+        assert_plain(target, one)
+
+
+@pytest.mark.parametrize("end", ["cancelled", "failed"])
+def test_who_waits_for_a_prompt_that_is_not_read_to_the_end_reads_the_rest(target: Target, end: str) -> None:
+    driver = Driver(target, room_tokens=400, fewest_shared=8, max_rows=10)
+    first = driver.ask(whole(prompt_of(40)))
+    others = [driver.ask(whole(prompt_of(40), sampling=SAMPLED)) for _ in range(2)]
+    driver.step(2)
+    before = target.num_rows
+
+    def break_once() -> None:
+        target.before_forward = lambda: None
+        raise RuntimeError("the accelerator fell off")
+
+    if end == "cancelled":
+        driver.cancel(first)
+    else:
+        target.before_forward = break_once
+    driver.drive()
+    wasted = 10 if end == "failed" else 0
+    assert target.num_rows - before == wasted + 20 + 4  # the third takes 36 tokens of the second's
+    for one in others:
+        assert_plain(target, one)
+
+
+def test_nobody_waits_for_a_less_urgent_one(target: Target) -> None:
+    driver = Driver(target, room_tokens=400, fewest_shared=8, max_rows=10)
+    later = driver.ask(whole(prompt_of(40)))
+    driver.step()
+    urgent = driver.ask(whole(prompt_of(40), deadline_s=time.monotonic() + PATIENCE_S))
+    driver.step(4)
+    assert urgent.done
+    assert not later.done
+    driver.drive()
+    for one in (later, urgent):
+        assert_plain(target, one)
+
+
+def test_nobody_waits_for_one_that_finds_no_pages(target: Target) -> None:
+    driver = Driver(target, room_tokens=48, fewest_shared=8)
+    decode = driver.ask(whole(prompt_of(16, 1), max_new_tokens=8))
+    driver.step()
+    too_long = driver.ask(whole(prompt_of(40)))
+    fits = driver.ask(whole(prompt_of(20)))
+    driver.step(3)
+    assert fits.done
+    assert not decode.done
+    driver.drive()
+    for one in (decode, too_long, fits):
+        assert_plain(target, one)
+
+
+def test_nobody_waits_for_one_that_has_read_it_but_whose_pages_cannot_be_found(target: Target) -> None:
+    driver = Driver(target, room_tokens=400, fewest_shared=12, max_rows=10)
+    session = new_id()
+    first = driver.ask(whole(prompt_of(30), session))
+    driver.step()
+    decode = driver.ask(whole(prompt_of(30), deadline_s=time.monotonic() + PATIENCE_S, max_new_tokens=40))
+    driver.step(4)
+    driver.cancel(first)
+    driver.drive(driver.ask(whole(prompt_of(30, 1), session)))  # over the pages under which the beginning was found
+    late = driver.ask(whole(prompt_of(30)))
+    driver.drive(late)
+    assert not decode.done
+    driver.drive()
+    for one in (decode, late):
+        assert_plain(target, one)
+
+
 def test_tenants_do_not_share(target: Target) -> None:
     driver = Driver(target)
     driver.answer(whole(prompt_of(30), tenant="a"))
@@ -722,6 +827,84 @@ def test_decodes_that_outgrow_the_cache_end_with_one_of_them_overloaded(target: 
     resumed = driver.answer(whole(list(broken.request.context_ids) + got, max_new_tokens=25 - len(got)))
     assert target.plain.decode(list(broken.request.context_ids), 25).agrees_with(got + resumed.token_ids)
     assert_plain(target, decodes[ends.index(Extended)])
+
+
+def test_a_tenant_over_its_quota_loses_its_own_idle_sessions_and_nobody_elses(target: Target) -> None:
+    driver = Driver(target, room_tokens=200)
+    other = whole(prompt_of(20, 9), tenant="other")
+    driver.answer(other)
+    asked = [driver.answer(whole(prompt_of(20, i), tenant="full", max_cache_tokens=42)) for i in range(5)]
+    assert driver.engine._pool.num_held("full") == 10
+    before = target.num_rows
+    for request in (other, asked[4].request, asked[3].request):  # still there
+        assert_plain(target, driver.answer(request))
+    assert target.num_rows - before == 3
+
+
+def test_a_tenant_whose_sessions_at_work_hold_its_quota_is_told_to_come_again_and_others_go_on(target: Target) -> None:
+    driver = Driver(target, room_tokens=200)
+    busy = [driver.ask(whole(prompt_of(16, i), tenant="full", max_cache_tokens=40, max_new_tokens=4)) for i in range(2)]
+    driver.step()
+    late = driver.ask(whole(prompt_of(16, 2), tenant="full", max_cache_tokens=40))
+    other = driver.ask(whole(prompt_of(40, 3), tenant="other", max_cache_tokens=40))
+    driver.step()
+    (refusal,) = late.answers
+    assert isinstance(refusal, Overloaded)
+    assert "max_cache_tokens" in refusal.reason
+    assert refusal.retry_after_ms > 0
+    assert other.done
+    driver.drive()
+    for one in (*busy, other, driver.answer(late.request)):
+        assert_plain(target, one)
+
+
+def test_of_decodes_that_outgrow_their_tenants_quota_the_last_one_makes_room(target: Target) -> None:
+    driver = Driver(target, room_tokens=400)
+    options: dict[str, Any] = {"tenant": "full", "max_cache_tokens": 40}
+    decodes = [driver.ask(whole(prompt_of(12 - i, i), **options, max_new_tokens=20)) for i in range(3)]
+    driver.drive()
+    assert [type(asked.answers[-1]) for asked in decodes] == [Extended, Overloaded, Overloaded]
+    assert_plain(target, decodes[0])
+    for asked in decodes[1:]:
+        context = [*asked.request.context_ids, *(a.next_token_id for a in asked.answers if isinstance(a, Extended))]
+        resumed = driver.answer(whole(context, **options, max_new_tokens=30 - len(context)))
+        assert target.plain.decode(context, 30 - len(context)).agrees_with(resumed.token_ids)
+
+
+def test_a_page_that_several_sessions_of_a_tenant_hold_counts_once(target: Target) -> None:
+    driver = Driver(target, room_tokens=200)
+    asked = [
+        driver.ask(whole([*prompt_of(24), i], tenant="full", max_cache_tokens=36, max_new_tokens=3, sampling=SAMPLED))
+        for i in range(3)
+    ]
+    driver.drive()
+    for one in asked:
+        assert_plain(target, one)
+
+
+def test_pages_that_are_found_count_before_anything_is_written(target: Target) -> None:
+    driver = Driver(target, room_tokens=200, max_rows=1)
+    options: dict[str, Any] = {"tenant": "full", "max_cache_tokens": 40}
+    before = new_id()
+    driver.answer(whole(prompt_of(32), before, **options))
+    driver.release(before)
+    busy = driver.ask(whole(prompt_of(20, 1), **options, max_new_tokens=6, deadline_s=time.monotonic() + PATIENCE_S))
+    driver.step(20)
+    found = driver.ask(whole([*prompt_of(32), 1], **options))
+    while not busy.done:
+        driver.step()
+        assert driver.engine._pool.num_held("full") <= 10
+    driver.drive()
+    for one in (busy, found):
+        assert_plain(target, one)
+
+
+@pytest.mark.parametrize("max_cache_tokens", [1, 4, 17, 40])
+def test_a_context_as_long_as_the_quota_is_answered(target: Target, max_cache_tokens: int) -> None:
+    driver = Driver(target, room_tokens=200)
+    for salt in range(3):  # with what is left of others in the way
+        request = whole(prompt_of(max_cache_tokens, salt), tenant="full", max_cache_tokens=max_cache_tokens)
+        assert_plain(target, driver.answer(request))
 
 
 def test_a_server_of_busy_sessions_takes_no_more_until_one_is_idle(target: Target) -> None:

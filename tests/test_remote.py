@@ -33,6 +33,7 @@ from edgecloud.rpc import codec
 from edgecloud.rpc import edgecloud_pb2 as pb
 from edgecloud.rpc import edgecloud_pb2_grpc as pb_grpc
 from edgecloud.sampling import SamplingSettings
+from edgecloud.types import ServiceLoad
 
 pytest_plugins = ["pairs"]
 
@@ -267,6 +268,35 @@ def test_only_new_ids_travel() -> None:
         assert list(first.context_ids) == prompt
         assert all(not request.context_ids for request in later)
         assert all(request.ByteSize() <= 64 for request in later)
+
+
+def test_the_latest_load_that_came_is_kept() -> None:
+    def load(num_waiting: int) -> pb.Load:
+        return pb.Load(num_sessions=5, num_waiting=num_waiting, num_free_pages=6, num_pages=7, pass_base_ms=0.5)
+
+    answers = [
+        pb.VerifyReply(load=load(1)),
+        pb.VerifyReply(),  # of a service that tells none
+        [pb.DecodeReply(token_ids=[5], load=load(2)), *replies(6), pb.DecodeReply(token_ids=[7], load=load(3))],
+    ]
+    with faking(*answers) as (_, cloud):
+        assert cloud.load is None
+        cloud.describe(wait=True)
+        assert cloud.load is None
+        verifier = RemoteVerifier(cloud)
+        for _ in range(2):
+            verifier.submit([1], [], GREEDY).result()
+            assert cloud.load == ServiceLoad(5, 1, 6, 7, 0.5, 0.0, 0.0)
+        told = [cloud.load.num_waiting for _ in verifier.decode([1, 2], 3, GREEDY, ())]
+        assert told == [2, 2, 3]
+
+
+def test_the_handshake_tells_a_load(tiny_server: Server) -> None:
+    cloud = Cloud(tiny_server.address, None, QUICK)
+    cloud.describe(wait=True)
+    assert cloud.load is not None
+    assert cloud.load.num_pages == tiny_server.load().num_pages > 0
+    cloud.close()
 
 
 def test_a_release_is_one_call_and_never_an_error() -> None:

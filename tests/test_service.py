@@ -114,6 +114,20 @@ def test_describe_says_what_is_served_and_what_may_be_asked(server: Loopback, st
     assert reply.load.num_pages == NUM_PAGES
 
 
+def test_every_verdict_and_both_ends_of_a_stream_tell_the_load(target: TargetModel) -> None:
+    with serve(target) as server, server.stub() as stub:
+        for num_draft_tokens in range(8):
+            reply = stub.Verify(verify_request(draft=[1] * num_draft_tokens))
+            assert (reply.load.num_sessions, reply.load.num_pages) == (num_draft_tokens + 1, NUM_PAGES)
+            assert reply.load.num_free_pages < NUM_PAGES
+        assert reply.load.pass_base_ms + reply.load.pass_per_token_ms + reply.load.pass_per_context_token_ms > 0
+        for num_tokens in (1, 2, 5):
+            stream = list(stub.Decode(decode_request(max_new_tokens=num_tokens)))
+            told = [message.HasField("load") for message in stream]
+            assert told == [i in (0, num_tokens - 1) for i in range(num_tokens)]
+            assert stream[-1].load.num_pages == NUM_PAGES
+
+
 def test_verify_decode_and_release_say_what_plain_decoding_says(
     server: Loopback, stub: pb_grpc.VerificationStub, plain: PlainTarget
 ) -> None:

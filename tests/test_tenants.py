@@ -230,6 +230,44 @@ def test_a_tenant_that_has_enough_under_way_is_told_to_come_again_and_others_are
         stub.Verify(verify_request(), metadata=bearer(ACME))
 
 
+def test_a_tenant_whose_part_of_the_cache_is_at_work_is_told_to_come_again_and_others_are_not(
+    target: TargetModel, file: Path, held_back: Barrier
+) -> None:
+    prompt = [3 + i for i in range(100)]
+    with loopback(target, tenants=quota_file(file, "max_cache_tokens=112")) as server, server.stub() as stub:
+        first = stub.Verify.future(verify_request(context_ids=prompt), metadata=bearer(ACME))
+        assert held_back.reached.wait(PATIENCE_S)
+        streams = [
+            stub.Decode(decode_request(context_ids=context), metadata=bearer(token))
+            for context, token in ((prompt[::-1], ACME), (prompt[50:], ACME_NEXT))
+        ]
+        other = stub.Verify.future(verify_request(context_ids=prompt), metadata=bearer(OTHER))
+        until(lambda: server.gate.num_running == 4)
+        held_back.opened.set()
+        code, words, detail = refusal_of(lambda: [list(stream) for stream in streams])
+        assert code == Code.RESOURCE_EXHAUSTED
+        assert "max_cache_tokens" in words
+        assert detail.retry_after_ms > 0
+        assert first.result().cached_length == other.result().cached_length == 101
+        until(lambda: server.gate.num_running == 0)
+        assert len(list(stub.Decode(decode_request(context_ids=prompt[50:]), metadata=bearer(ACME)))) == 4
+
+
+def test_a_context_that_a_tenants_part_of_the_cache_cannot_hold_is_refused_and_told_before(target: TargetModel, file: Path) -> None:
+    with loopback(target, tenants=quota_file(file, "max_cache_tokens=20")) as server, server.stub() as stub:
+        for token, window in ((ACME, 20), (OTHER, server.engine.max_context_tokens)):
+            assert stub.Describe(pb.DescribeRequest(), metadata=bearer(token)).limits.max_context_tokens == window
+        stub.Verify(verify_request(context_ids=[1] * 18, draft_ids=[1, 1]), metadata=bearer(ACME))
+        code, words, _ = refusal_of(
+            lambda: stub.Verify(verify_request(context_ids=[1] * 18, draft_ids=[1] * 3), metadata=bearer(ACME))
+        )
+        assert code == Code.INVALID_ARGUMENT
+        assert "21 tokens; this tenant's max_cache_tokens is 20" in words
+        stream = stub.Decode(decode_request(context_ids=[1] * 18, max_new_tokens=50), metadata=bearer(ACME))
+        assert len(list(stream)) == 3, "as at the end of any window"
+        stub.Verify(verify_request(context_ids=[1] * 200), metadata=bearer(OTHER))
+
+
 def test_a_new_session_beyond_the_quota_takes_the_place_of_the_tenants_idle_one(target: TargetModel, file: Path) -> None:
     with loopback(target, tenants=quota_file(file, "max_sessions=2")) as server, server.stub() as stub:
         stub.Verify(verify_request(), metadata=bearer(OTHER))

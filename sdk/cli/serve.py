@@ -36,7 +36,7 @@ def serve(
     slow_reader_s: Annotated[float, typer.Option(help="Seconds until a reader that takes no message is left.")] = 60.0,
     idle_s: Annotated[float, typer.Option(help="Seconds until an unused session is dropped.")] = 300.0,
     drain_s: Annotated[float, typer.Option(help="Seconds that requests under way may take when told to stop.")] = 25.0,
-    tokens_file: Annotated[Path | None, typer.Option(help="Who may come in; `edgecloud token` makes its lines.")] = None,
+    tokens_file: Annotated[Path | None, typer.Option(help="Who may come in, with quotas; `edgecloud token` makes lines.")] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="PEM certificate chain.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM private key.")] = None,
     client_ca: Annotated[Path | None, typer.Option(help="PEM certificates that clients' must be signed by.")] = None,

@@ -13,6 +13,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from edgecloud.errors import ConfigError
 from edgecloud.rpc import edgecloud_pb2 as pb
 from edgecloud.sampling import SamplingSettings
+from edgecloud.types import ServiceLoad
 
 PROTOCOL_VERSION = 1
 SERVICE_NAME = "edgecloud.v1.Verification"
@@ -60,6 +61,19 @@ def sampling_from_wire(message: pb.Sampling) -> SamplingSettings:
         top_p=message.top_p or 1.0,
         repetition_penalty=message.repetition_penalty or 1.0,
         seed=message.seed,
+    )
+
+
+def load_from_wire(message: pb.Load) -> ServiceLoad:
+    """As the service told it."""
+    return ServiceLoad(
+        num_sessions=message.num_sessions,
+        num_waiting=message.num_waiting,
+        num_free_pages=message.num_free_pages,
+        num_pages=message.num_pages,
+        pass_base_ms=message.pass_base_ms,
+        pass_per_token_ms=message.pass_per_token_ms,
+        pass_per_context_token_ms=message.pass_per_context_token_ms,
     )
 
 

@@ -97,22 +97,22 @@ class VerifyRequest(_message.Message):
     def __init__(self, session_id: _Optional[bytes] = ..., context_start: _Optional[int] = ..., context_ids: _Optional[_Iterable[int]] = ..., draft_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., context_hash: _Optional[int] = ..., pair_hash: _Optional[int] = ...) -> None: ...
 
 class VerifyReply(_message.Message):
-    __slots__ = ("num_accepted", "next_token_id", "cached_length", "queue_ms", "compute_ms", "target_passes", "num_waiting")
+    __slots__ = ("num_accepted", "next_token_id", "cached_length", "queue_ms", "compute_ms", "target_passes", "load")
     NUM_ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     NEXT_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     CACHED_LENGTH_FIELD_NUMBER: _ClassVar[int]
     QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_MS_FIELD_NUMBER: _ClassVar[int]
     TARGET_PASSES_FIELD_NUMBER: _ClassVar[int]
-    NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
     num_accepted: int
     next_token_id: int
     cached_length: int
     queue_ms: float
     compute_ms: float
     target_passes: float
-    num_waiting: int
-    def __init__(self, num_accepted: _Optional[int] = ..., next_token_id: _Optional[int] = ..., cached_length: _Optional[int] = ..., queue_ms: _Optional[float] = ..., compute_ms: _Optional[float] = ..., target_passes: _Optional[float] = ..., num_waiting: _Optional[int] = ...) -> None: ...
+    load: Load
+    def __init__(self, num_accepted: _Optional[int] = ..., next_token_id: _Optional[int] = ..., cached_length: _Optional[int] = ..., queue_ms: _Optional[float] = ..., compute_ms: _Optional[float] = ..., target_passes: _Optional[float] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
 
 class DecodeRequest(_message.Message):
     __slots__ = ("session_id", "context_start", "context_ids", "sampling", "context_hash", "max_new_tokens", "stop_token_ids", "pair_hash")
@@ -135,16 +135,18 @@ class DecodeRequest(_message.Message):
     def __init__(self, session_id: _Optional[bytes] = ..., context_start: _Optional[int] = ..., context_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., context_hash: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., pair_hash: _Optional[int] = ...) -> None: ...
 
 class DecodeReply(_message.Message):
-    __slots__ = ("token_ids", "queue_ms", "compute_ms", "target_passes")
+    __slots__ = ("token_ids", "queue_ms", "compute_ms", "target_passes", "load")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_MS_FIELD_NUMBER: _ClassVar[int]
     TARGET_PASSES_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     queue_ms: float
     compute_ms: float
     target_passes: float
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., queue_ms: _Optional[float] = ..., compute_ms: _Optional[float] = ..., target_passes: _Optional[float] = ...) -> None: ...
+    load: Load
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., queue_ms: _Optional[float] = ..., compute_ms: _Optional[float] = ..., target_passes: _Optional[float] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
     __slots__ = ("session_id",)
