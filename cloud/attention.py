@@ -6,6 +6,7 @@ through the `paged_batch` that its forward was given.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -74,7 +75,7 @@ class PagedBatch:
     input_ids: Tensor  # [1, rows]
     position_ids: Tensor  # [1, rows]
     slots: Tensor  # [rows] int64: where each row's key and value go
-    segments: list[Segment]
+    segments: Sequence[Segment]  # Segments, to be planned once for all layers
     logits_rows: Tensor  # [choices] int64: rows whose logits are wanted
     pool: KVPool
 

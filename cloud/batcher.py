@@ -13,7 +13,7 @@ from edgecloud.cloud.pages import OutOfPagesError
 from edgecloud.cloud.pass_cost import PassCostFit
 from edgecloud.cloud.sessions import OverQuotaError, Session, SessionStore
 from edgecloud.cloud.work import Answer, Extend
-from edgecloud.kernels.attention import Segment
+from edgecloud.kernels.attention import Segment, Segments
 
 SHORT_ROWS = 48  # a request of at most this many rows goes before longer ones
 STRETCH = 1.6  # a prompt may make the pass of others this much longer
@@ -107,7 +107,8 @@ class Batcher:
         for job in ready:
             job.is_prompt |= job.num_rows > SHORT_ROWS
         self._share_out([job for job in ready if not job.is_prompt], self._max_rows, now_s, plan)
-        self._share_out([job for job in ready if job.is_prompt], self._rows_for_prompts(plan.shares), now_s, plan)
+        prompts = [job for job in ready if job.is_prompt]
+        self._share_out(prompts, self._rows_for_prompts(prompts, plan.shares), now_s, plan)
         for job in jobs:
             job.starved = job in plan.starved or job in plan.over_quota
         return plan
@@ -166,7 +167,7 @@ class Batcher:
         """What is left before the deadline once its own pass is paid."""
         return (job.request.deadline_s - now_s) * 1e3 - self._fit.predict_ms(job.num_rows, len(job.open_session.tokens))
 
-    def _rows_for_prompts(self, shares: list[Share]) -> int:
+    def _rows_for_prompts(self, prompts: list[Job], shares: list[Share]) -> int:
         """Rows beside those already planned."""
         num_rows = sum(share.num_rows for share in shares)
         room = self._max_rows - num_rows
@@ -176,7 +177,9 @@ class Batcher:
             return min(room, UNTRIED_CHUNK_ROWS)
         cost = self._fit.cost
         alone_ms = self._fit.predict_ms(num_rows, sum(share.stop for share in shares))
-        return min(room, max(SMALLEST_CHUNK_ROWS, int((STRETCH - 1) * alone_ms / max(cost.per_token_ms, 1e-3))))
+        spare_ms = (STRETCH - 1) * alone_ms
+        spare_ms -= cost.per_context_token_ms * max((job.open_session.table.length for job in prompts), default=0)
+        return min(room, max(SMALLEST_CHUNK_ROWS, int(spare_ms / max(cost.per_token_ms, 1e-3))))
 
     def _welcome(self, tenants: set[str]) -> None:
         """A tenant that comes back starts level with the one that had least: idleness earns no credit."""
@@ -208,7 +211,7 @@ def pack(shares: list[Share], pool: KVPool, device: torch.device) -> PagedBatch:
         input_ids=tensor_ids(input_ids, device)[None],
         position_ids=tensor_ids(position_ids, device)[None],
         slots=tensor_ids(slots, device),
-        segments=segments,
+        segments=Segments(segments),
         logits_rows=tensor_ids(logits_rows, device),
         pool=pool,
     )

@@ -7,8 +7,9 @@ runs of consecutive slots, so a version can read each run as a view: no cache en
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,18 @@ class Segment:
     def num_rows(self) -> int:
         """Rows of this segment."""
         return self.stop - self.start
+
+
+class Segments(tuple[Segment, ...]):
+    """The segments of a pass, and what a version works out once for all of its layers."""
+
+    plans: dict[Any, Any]
+
+    def __new__(cls, segments: Iterable[Segment]) -> Segments:
+        """Of segments in the order of their rows."""
+        self = super().__new__(cls, segments)
+        self.plans = {}
+        return self
 
 
 def ragged_paged_attention(

@@ -11,18 +11,19 @@ Grouped query heads become rows of their kv head, so keys are never repeated in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache, lru_cache
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from edgecloud.kernels.attention import Segment
+from edgecloud.kernels.attention import Segment, Segments
 
 TILE = 512  # keys in a tile; torch's kernel takes as many at a time
 ROW_BLOCK = 128  # rows in a product: it goes through every key up to its last row's, masked or not
 FEWEST_ROWS = 8  # of a product: fewer take other code in some matrix libraries
-# A tile's last keys are padded to one of these widths: some matrix libraries add in another order from 257 keys on.
+# A tile's last keys are padded to one of these: some matrix libraries add in another order from 257 keys on.
 WIDTHS = (64, 128, 192, 256, TILE)
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -42,43 +43,87 @@ def ragged_paged_attention(
     Slots behind a context are read and masked, so they must hold finite numbers.
     """
     num_rows, heads, head_dim = query.shape
-    kv_heads = keys.shape[0]
+    kv_heads, num_slots, _ = keys.shape
     group = heads // kv_heads
     grouped = query.view(num_rows, kv_heads, group, head_dim)
     times = -(-FEWEST_ROWS // group)
-    single = grouped.unsqueeze(2).expand(-1, -1, times, -1, -1).reshape(num_rows, kv_heads, times * group, head_dim)
-    plain = softcap is None and keys.shape[2] == values.shape[2]
-    pools = keys.unsqueeze(0), values.unsqueeze(0)
+    # A copy, for a product's rows may not all be the same memory.
+    singles = grouped.unsqueeze(2).expand(-1, -1, times, -1, -1).flatten(2, 3).contiguous()
+    keys, values = keys.unsqueeze(0), values.unsqueeze(0)
     parts = []  # [rows, kv_heads, group, value_dim]
-    for segment in segments:
-        if not plain or (sliding_window is not None and segment.length > sliding_window):
-            rows = query[segment.start : segment.stop]
-            parts.append(_scored(rows, keys, values, segment, scaling, sliding_window, softcap))
-        elif segment.num_rows == 1:
-            attended = _over_tiles(single[segment.start : segment.stop], *pools, segment, segment.length - 1, group, scaling)
-            parts.append(attended[:, :, :group])
+    for block in _plan(segments, group, num_slots, query.dtype, query.device):
+        segment, row, count = block.segment, block.row, block.count
+        windowed = sliding_window is not None and segment.length > sliding_window
+        if softcap is not None or windowed or keys.shape[3] != values.shape[3]:
+            if row == segment.start:
+                rows = query[row : segment.stop]
+                parts.append(_scored(rows, keys[0], values[0], segment, scaling, sliding_window, softcap))
+        elif count == 1 and segment.num_rows == 1:
+            parts.append(_over_tiles(singles.narrow(0, row, 1), keys, values, block, scaling).narrow(2, 0, group))
         else:
-            parts += _blocks(grouped, pools, segment, scaling)
+            rows = grouped[row : row + count]
+            if block.padded > count:
+                rows = torch.cat([rows, rows[-1:].expand(block.padded - count, -1, -1, -1)])
+            q = rows.transpose(0, 1).reshape(1, kv_heads, block.padded * group, head_dim)
+            attended = _over_tiles(q, keys, values, block, scaling)
+            parts.append(attended[0].view(kv_heads, block.padded, group, -1).transpose(0, 1)[:count])
     attended = parts[0] if len(parts) == 1 else torch.cat(parts)
     return attended.reshape(num_rows, heads, -1)
 
 
-def _blocks(grouped: Tensor, pools: tuple[Tensor, Tensor], segment: Segment, scaling: float) -> list[Tensor]:
-    """Several rows, in blocks cut at absolute positions."""
-    kv_heads, group, head_dim = grouped.shape[1:]
-    parts = []
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """Keys to attend to: `count` positions from `start` on, read as `width`; in one run from `slot` on, or in several."""
+
+    start: int
+    count: int
+    width: int
+    slot: int | None
+    bias: Tensor | None  # [rows * group, width], added to the scores; None: all is seen
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Rows that lie in one tile, cut at absolute positions, and the tiles that they attend to: their own first."""
+
+    segment: Segment
+    row: int
+    count: int
+    padded: int  # rows of the product
+    tiles: tuple[_Tile, ...]
+
+
+def _plan(segments: Sequence[Segment], group: int, num_slots: int, dtype: torch.dtype, device: torch.device) -> list[_Block]:
+    """What there is to do, which is the same in every layer of a pass."""
+    if not isinstance(segments, Segments):
+        segments = Segments(segments)
+    key = (group, num_slots, dtype, device)
+    if key not in segments.plans:
+        segments.plans[key] = [block for segment in segments for block in _blocks(segment, *key)]
+    blocks: list[_Block] = segments.plans[key]
+    return blocks
+
+
+def _blocks(segment: Segment, group: int, num_slots: int, dtype: torch.dtype, device: torch.device) -> Iterator[_Block]:
     position, row = segment.length - segment.num_rows, segment.start
     while row < segment.stop:
         count = min(segment.stop - row, ROW_BLOCK - position % ROW_BLOCK)
-        rows = grouped[row : row + count]
-        padded = _padded(count, group)
-        if padded > count:
-            rows = torch.cat([rows, rows[-1:].expand(padded - count, -1, -1, -1)])
-        q = rows.transpose(0, 1).reshape(1, kv_heads, padded * group, head_dim)
-        attended = _over_tiles(q, *pools, segment, position, group, scaling, count)
-        parts.append(attended[0].view(kv_heads, padded, group, -1).transpose(0, 1)[:count])
+        alone = segment.num_rows == 1
+        padded = 1 if alone else _padded(count, group)
+        last_tile, offset = divmod(position, TILE)
+        num_keys = offset + count
+        width = next(width for width in WIDTHS if width >= num_keys)
+        if alone:  # its group's heads, several times
+            bias = causal_bias(1, dtype, device)[offset : offset + 1, :width].expand(-(-FEWEST_ROWS // group) * group, -1)
+        else:
+            bias = causal_bias(group, dtype, device)[offset * group : (offset + padded) * group, :width]
+        own = _Tile(last_tile * TILE, num_keys, width, _slot(segment, last_tile * TILE, num_keys, width, num_slots), bias)
+        before = (
+            _Tile(start, TILE, TILE, _slot(segment, start, TILE, TILE, num_slots), None)
+            for start in range(0, last_tile * TILE, TILE)
+        )
+        yield _Block(segment, row, count, padded, (own, *before))
         position, row = position + count, row + count
-    return parts
 
 
 def _padded(count: int, group: int) -> int:
@@ -88,28 +133,27 @@ def _padded(count: int, group: int) -> int:
     return -(-count // FEWEST_ROWS) * FEWEST_ROWS
 
 
-def _over_tiles(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    segment: Segment,
-    position: int,
-    group: int,
-    scaling: float,
-    count: int = 1,
-) -> Tensor:
-    """Rows from `position` on, in one tile, over it and those before it.  [1, kv_heads, rows * group, dim] -> the same"""
-    last_tile, offset = divmod(position, TILE)
-    num_keys = offset + count
-    width = next(width for width in WIDTHS if width >= num_keys)
-    num_rows = q.shape[2]
-    mask = _bias(group if count > 1 else 1, offset, num_rows, count == 1, width, q.dtype, q.device)
-    k, v = _tile(keys, values, segment, last_tile * TILE, num_keys, width)
-    attended, log_sum = _flash(q, k, v, 0.0, False, attn_mask=mask, scale=scaling)
-    every: list[tuple[Tensor, Tensor]] = [(attended, log_sum)]
-    for tile in range(last_tile):
-        k, v = _tile(keys, values, segment, tile * TILE, TILE, TILE)
-        every.append(_flash(q, k, v, 0.0, False, scale=scaling))
+def _slot(segment: Segment, start: int, count: int, width: int, num_slots: int) -> int | None:
+    """Where positions from `start` on lie in one run, with room behind it for `width`; None: nowhere."""
+    at = 0
+    for first, last in segment.runs:
+        length = last - first
+        if start < at + length:
+            slot = first + start - at
+            return slot if start + count <= at + length and slot + width <= num_slots else None
+        at += length
+    raise AssertionError(f"position {start} is beyond the runs {segment.runs}")
+
+
+def _over_tiles(q: Tensor, keys: Tensor, values: Tensor, block: _Block, scaling: float) -> Tensor:
+    """A block's rows over all of its tiles.  [1, kv_heads, rows * group, dim] -> the same"""
+    every: list[tuple[Tensor, Tensor]] = []
+    for tile in block.tiles:
+        if tile.slot is not None:
+            k, v = keys.narrow(2, tile.slot, tile.width), values.narrow(2, tile.slot, tile.width)
+        else:
+            k, v = _assembled(keys, block.segment, tile), _assembled(values, block.segment, tile)
+        every.append(_flash(q, k, v, 0.0, False, attn_mask=tile.bias, scale=scaling))
     return _merged(every)
 
 
@@ -128,37 +172,16 @@ def _merged(every: list[tuple[Tensor, Tensor]]) -> Tensor:
     return (weighted / total).to(every[0][0].dtype)
 
 
-def _tile(keys: Tensor, values: Tensor, segment: Segment, start: int, count: int, width: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of `count` positions from `start` on, and what follows them up to `width`.  -> [1, kv_heads, width, dim]"""
+def _assembled(pool: Tensor, segment: Segment, tile: _Tile) -> Tensor:
+    """A tile that lies in several runs, or at the pool's end, copied to where it is one.  -> [1, kv_heads, width, dim]"""
+    together = pool.new_zeros(1, pool.shape[1], tile.width, pool.shape[3])
     at = 0
     for first, last in segment.runs:
-        length = last - first
-        if start < at + length:
-            slot = first + start - at
-            if start + count <= at + length and slot + width <= keys.shape[2]:
-                return keys.narrow(2, slot, width), values.narrow(2, slot, width)
-            break
-        at += length
-    return _assembled(keys, segment, start, count, width), _assembled(values, segment, start, count, width)
-
-
-def _assembled(pool: Tensor, segment: Segment, start: int, count: int, width: int) -> Tensor:
-    """A tile that lies in several runs, or at the pool's end, copied to where it is one."""
-    tile = pool.new_zeros(1, pool.shape[1], width, pool.shape[3])
-    at = 0
-    for first, last in segment.runs:
-        begin, end = max(start, at), min(start + count, at + last - first)
+        begin, end = max(tile.start, at), min(tile.start + tile.count, at + last - first)
         if begin < end:
-            tile[:, :, begin - start : end - start] = pool[:, :, first + begin - at : first + end - at]
+            together[:, :, begin - tile.start : end - tile.start] = pool[:, :, first + begin - at : first + end - at]
         at += last - first
-    return tile
-
-
-@lru_cache(4096)
-def _bias(group: int, offset: int, num_rows: int, repeated: bool, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A view of `causal_bias` for rows from `offset` in a tile on; `repeated`: one row, several times.  -> [num_rows, width]"""
-    bias = causal_bias(group, dtype, device)[offset * group :, :width]
-    return bias[:1].expand(num_rows, -1) if repeated else bias[:num_rows]
+    return together
 
 
 @cache

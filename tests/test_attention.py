@@ -14,7 +14,7 @@ import torch.nn.functional as F  # noqa: N812  # torch's own habit
 import transformers
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from packed import TOLERANCE, Case, cases
+from packed import TOLERANCE, Case, cases, runs_of
 from tiny import make_tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
@@ -116,6 +116,43 @@ class Allocations(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given_storages:
                 self.largest = max(self.largest, tensor.untyped_storage().nbytes())
         return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kv_heads", "group", "head_dim"), [(3, 3, 64), (2, 4, 128), (4, 1, 64), (1, 8, 80), (2, 2, 32)])
+def test_a_row_attends_with_the_same_bits_alone_and_among_others(
+    kv_heads: int, group: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    """Whatever the rows beside it, the segments of the pass, and the pages: one run of slots, or scattered ones."""
+    length, page_size = 1300, 16
+    generator = torch.Generator().manual_seed(head_dim + group)
+    query = 2 * torch.randn(length, kv_heads * group, head_dim, generator=generator)
+    keys, values = torch.zeros(2, kv_heads, 2 * length + 2000, head_dim)
+    keys[:, :length], values[:, :length] = torch.randn(2, kv_heads, length, head_dim, generator=generator)
+    pages = length + page_size * torch.randperm(-(-length // page_size), generator=generator)
+    scattered = (pages[:, None] + torch.arange(page_size)).flatten()[:length]
+    for pool in (keys, values):
+        pool[:, scattered] = pool[:, :length].clone()
+    layouts = [list(range(length)), scattered.tolist()]
+    query, keys, values = query.to(dtype), keys.to(dtype), values.to(dtype)
+
+    def attend(rows: list[int], segments: list[Segment]) -> torch.Tensor:
+        return attention_torch.ragged_paged_attention(query[rows], keys, values, segments, head_dim**-0.5)
+
+    rng = np.random.default_rng(group)
+    for _ in range(20):
+        rows: list[int] = []
+        segments = []
+        for _ in range(rng.integers(1, 4)):
+            count = int(rng.choice([1, 1, 2, 3, 5, 9, 16, 33, 100, 129, 300]))
+            start = int(rng.integers(0, length - count))
+            runs = runs_of(layouts[rng.integers(2)][: start + count])
+            segments.append(Segment(len(rows), len(rows) + count, start + count, runs))
+            rows += range(start, start + count)
+        together = attend(rows, segments)
+        for row in {0, len(rows) // 2, len(rows) - 1, *(segment.stop - 1 for segment in segments)}:
+            alone = [Segment(0, 1, rows[row] + 1, ((0, rows[row] + 1),))]
+            assert torch.equal(together[row], attend([rows[row]], alone)[0])
 
 
 def largest_allocation(num_rows: int, page_runs: tuple[tuple[int, int], ...]) -> int:
