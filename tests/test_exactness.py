@@ -5,6 +5,7 @@ On the tiny pair always; on the real pair by the independent check where that li
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -19,7 +20,9 @@ import pytest
 from pairs import EDGECLOUD, ROOT, TIE, Pair, Server, serving, until
 from transformers import AutoTokenizer
 
+from edgecloud.client import Client
 from edgecloud.sampling import SamplingSettings
+from edgecloud.types import Mode
 
 pytest_plugins = ["pairs"]
 
@@ -104,6 +107,56 @@ def test_a_server_killed_under_real_processes_changes_nothing(tiny_pair: Pair) -
             assert (reply["token_ids"], reply["text"]) == (calm["token_ids"], calm["text"])
             if mode == "speculative":  # forty round trips of 40 ms: it cannot have been over
                 assert reply["metrics"]["uplink_bytes"] > calm["metrics"]["uplink_bytes"]
+
+
+@contextmanager
+def company(pair: Pair, address: str, num_sessions: int) -> Iterator[None]:
+    """So many other clients, decoding and verifying, as long as it lasts."""
+    done = threading.Event()
+    failed: list[BaseException] = []
+
+    def keep_busy(number: int) -> None:
+        try:
+            with Client(pair.bundle, cloud=address, num_threads=1) as client:
+                for turn in itertools.count():
+                    if done.is_set():
+                        return
+                    mode: Mode = "cloud" if number % 2 else "speculative"
+                    prompt = f"{number}.{turn} " + "busy " * ((7 * number + turn) % 40)
+                    client.generate(prompt, mode=mode, max_new_tokens=20, temperature=0.7, seed=number)
+        except BaseException as error:  # for the test's own thread to raise
+            failed.append(error)
+
+    threads = [threading.Thread(target=keep_busy, args=(number,)) for number in range(num_sessions)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert not failed, failed
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_twelve_other_sessions_change_no_token_in_any_mode(tiny_pair: Pair, dtype: str) -> None:
+    """Bit for bit, so without an excuse for near ties, which rounding to 16 bits makes many of."""
+    settings = [{"temperature": 0.0}, {"temperature": 1.0, "seed": 3}]
+    modes: list[dict[str, Any]] = [{"mode": "cloud"}, *({"mode": "speculative", "num_draft_tokens": n} for n in (1, 4, 9))]
+
+    def texts(client: Client) -> list[list[list[int]]]:
+        return [[client.generate(PROMPT, max_new_tokens=60, **s, **mode).token_ids for mode in modes] for s in settings]
+
+    with serving(tiny_pair.bundle, "--dtype", dtype) as server, Client(tiny_pair.bundle, cloud=server.address) as client:
+        assert client.describe().exact == "bitwise"
+        alone = texts(client)
+        for of_setting in alone:
+            assert all(ids == of_setting[0] for ids in of_setting)
+        with company(tiny_pair, server.address, 12):
+            until(lambda: server.load().num_sessions >= 10)
+            for _ in range(2):
+                assert texts(client) == alone
 
 
 # The check's own main, in two settings and four modes; or with faults in one setting and two modes, since every generation then
