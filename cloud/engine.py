@@ -57,7 +57,8 @@ class Engine:
             )
         self._model = model
         self._kv = KVPool(num_pages * page_size)
-        self._pool = PagePool(num_pages, page_size, self._kv.copy)
+        tile = backend_for(model.device.type).tile
+        self._pool = PagePool(num_pages, page_size, self._kv.copy, max(1, tile // page_size))
         self._sessions = SessionStore(self._pool, max_sessions, idle_s)
         self._fit = PassCostFit()
         self._batcher = Batcher(self._sessions, max_rows, self._fit, fewest_shared)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -31,12 +32,19 @@ class PagePool:
     stretch, so that a context stays one run of slots as long as there is room.
     """
 
-    def __init__(self, num_pages: int, page_size: int, copy_slots: Callable[[int, int, int], None] = _no_copy) -> None:
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        copy_slots: Callable[[int, int, int], None] = _no_copy,
+        pages_together: int = 1,
+    ) -> None:
         if num_pages < 1 or page_size < 1:
             raise ValueError(f"a pool of {num_pages} pages of {page_size} tokens holds nothing")
         self.num_pages = num_pages
         self.page_size = page_size
         self.copy_slots = copy_slots  # (first slot of the source, first slot of the target, number)
+        self.pages_together = pages_together  # of a tile, which attention reads best from one run of slots
         self._free = np.ones(num_pages, np.bool_)
         self._num_empty = num_pages
         self._num_holders = np.zeros(num_pages, np.int64)
@@ -66,14 +74,25 @@ class PagePool:
             page = -1 if after is None else after + 1
             if not (0 <= page < self.num_pages and self._free[page]):
                 page = self._start_of_new_run(missing)
+            pages += self._taken([page], tenant)
+            after = page
+        return pages
+
+    def take_run(self, count: int, tenant: str = "") -> list[int]:
+        """Take `count` empty pages that follow each other; none where there is no such stretch."""
+        start = self._start_of_new_run(count) if self._num_empty >= count else self.num_pages
+        if start + count > self.num_pages or not self._free[start : start + count].all():
+            return []
+        return self._taken(range(start, start + count), tenant)
+
+    def _taken(self, pages: Sequence[int], tenant: str) -> list[int]:
+        for page in pages:
             self._free[page] = False
             self._num_holders[page] = 1
             self._tenants[page] = tenant
-            pages.append(page)
-            after = page
-        self._num_empty -= count
-        self._num_held[tenant] += count
-        return pages
+        self._num_empty -= len(pages)
+        self._num_held[tenant] += len(pages)
+        return list(pages)
 
     def give_back(self, pages: Sequence[int]) -> None:
         """Hold pages no longer. Asserts that they were held. The last of `pages` are kept longest."""
@@ -203,6 +222,26 @@ class PageTable:
             del self._digests[written.start :]
             for i in written:
                 self._pool.withdraw(self._pages[i])
+
+    def bring_together(self, room: int) -> None:
+        """Move the tile that is written next, and those after it, to one run of slots each, where pages are free for it.
+
+        A tile is cut where others' pages end and one's own begin, or where the next page was taken. Moved, less than a tile is
+        copied once; left as it is, it would be put together in every pass. At most `room` pages more are held.
+        """
+        size, together = self._pool.page_size, self._pool.pages_together
+        for start in range(self.length // size // together * together, len(self._pages), together):
+            tile = self._pages[start : start + together]
+            if all(b == a + 1 for a, b in pairwise(tile)) or len(tile) > room:
+                continue
+            run = self._pool.take_run(len(tile), self.tenant)
+            if not run:
+                return
+            for i, (source, target) in enumerate(zip(tile, run, strict=True), start):
+                if self.length > i * size:
+                    self._pool.copy_slots(source * size, target * size, min(size, self.length - i * size))
+            self._pool.give_back(tile)
+            self._pages[start : start + together] = run
 
     def num_missing(self, length: int) -> int:
         """Pages that `reserve` would take from the pool."""

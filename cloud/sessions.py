@@ -109,7 +109,14 @@ class SessionStore:
                 if not self._evict(session):
                     raise
             else:
+                session.table.bring_together(self._room(max_cache_tokens, session.table.tenant))
                 return
+
+    def _room(self, max_cache_tokens: int | None, tenant: str) -> int:
+        """Pages that the tenant may still take."""
+        if max_cache_tokens is None:
+            return self._pool.num_pages
+        return -(-max_cache_tokens // self._pool.page_size) - self._pool.num_held(tenant)
 
     def _is_within(self, max_cache_tokens: int | None, session: Session, length: int = 0) -> bool:
         """Whether the tenant may hold what it does, and `length` tokens of the session; after idle sessions of its made room."""

@@ -20,6 +20,7 @@ class Backend:
 
     ragged_paged_attention: Callable[[Tensor, Tensor, Tensor, Sequence[Segment], float, int | None, float | None], Tensor]
     choose: Callable[[Tensor, Sequence[ChoiceRow]], list[int]]
+    tile: int  # tokens of a context, cut at absolute positions, that the attention reads best from one run of slots; 1: no matter
 
 
 @cache
@@ -30,11 +31,11 @@ def backend_for(device_type: str) -> Backend:
         ConfigError: the device is CUDA and Triton is not installed.
     """
     if device_type != "cuda":
-        return Backend(attention_torch.ragged_paged_attention, choice_torch.choose)
+        return Backend(attention_torch.ragged_paged_attention, choice_torch.choose, attention_torch.TILE)
     try:
         from edgecloud.kernels import attention_triton, choice_triton  # a server without a GPU has no Triton
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "triton":
             raise
         raise ConfigError("device cuda needs triton, which is not installed; pip install edgecloud[cuda]") from error
-    return Backend(attention_triton.ragged_paged_attention, choice_triton.choose)
+    return Backend(attention_triton.ragged_paged_attention, choice_triton.choose, 1)

@@ -16,7 +16,7 @@ NO_TRITON = "triton has wheels for Linux only; there, `pip install edgecloud[cud
 
 
 def test_everything_but_cuda_gets_torch() -> None:
-    torch_kernels = Backend(attention_torch.ragged_paged_attention, choice_torch.choose)
+    torch_kernels = Backend(attention_torch.ragged_paged_attention, choice_torch.choose, attention_torch.TILE)
     assert backend_for("cpu") == backend_for("mps") == torch_kernels
 
 
@@ -24,7 +24,7 @@ def test_cuda_gets_triton() -> None:
     pytest.importorskip("triton", reason=NO_TRITON)
     from edgecloud.kernels import attention_triton, choice_triton
 
-    assert backend_for("cuda") == Backend(attention_triton.ragged_paged_attention, choice_triton.choose)
+    assert backend_for("cuda") == Backend(attention_triton.ragged_paged_attention, choice_triton.choose, 1)
 
 
 WITHOUT_TRITON = """

@@ -279,6 +279,8 @@ class EngineMachine(RuleBasedStateMachine):
             asked.cancelled = True
             self.seen["cancelled at work" if asked.admitted else "cancelled in a queue"] += 1
             self.engine.cancel(asked.number)
+            if not asked.admitted:  # gone at once
+                asked.client.queue.remove(asked)
             asked.client.tokens, asked.client.num_known = (
                 list(asked.context),
                 min(asked.client.num_known, asked.request.context_start),
