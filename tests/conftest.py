@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -19,3 +20,9 @@ if not torch.cuda.is_available():
 settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 settings.register_profile("ci", settings.get_profile("default"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two workers for the whole suite; none for some tests by name, which are over before two workers have imported torch."""
+    chosen = config.args != config.getini("testpaths") or config.option.keyword or config.option.markexpr
+    return 0 if chosen else min(2, len(os.sched_getaffinity(0)))

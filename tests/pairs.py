@@ -7,6 +7,7 @@ PYTEST_DONT_REWRITE.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import shutil
@@ -163,12 +164,13 @@ def home_folder() -> Path:
     return Path(os.environ.get("EDGECLOUD_HOME") or ROOT / "build" / "home").resolve()
 
 
-def cached_model() -> Path | None:
-    """The demo model's folder, if some run has fetched it."""
-    if given := os.environ.get("EDGECLOUD_TEST_BUNDLE"):
-        return Path(given).resolve() / "cloud"
-    folder = home_folder() / "models" / "smollm2-135m"
-    return folder if folder.is_dir() else None
+@contextmanager
+def alone_with(folder: Path) -> Iterator[None]:
+    """Keep out other runs, and other workers of this one, that would make the same things."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "tests.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel gives it back, however this process ends
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -178,10 +180,11 @@ def smol_pair() -> Pair:
         return Pair(Path(given).resolve(), Path(given).resolve() / "cloud")
     environment = {**os.environ, "EDGECLOUD_HOME": str(home_folder())}
     bundle = home_folder() / "test-bundle"
-    if not (bundle / MANIFEST).is_file():
-        for command in (["fetch", "smollm2-135m"], ["partition", "smollm2-135m", "-o", str(bundle)]):
-            done = subprocess.run([*EDGECLOUD, *command], env=environment, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, done.stderr
+    with alone_with(home_folder()):
+        if not (bundle / MANIFEST).is_file():
+            for command in (["fetch", "smollm2-135m"], ["partition", "smollm2-135m", "-o", str(bundle)]):
+                done = subprocess.run([*EDGECLOUD, *command], env=environment, capture_output=True, text=True, check=False)
+                assert done.returncode == 0, done.stderr
     return Pair(bundle, bundle / "cloud")
 
 

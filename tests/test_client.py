@@ -121,7 +121,7 @@ BAD_OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", BAD_OPTIONS, ids=str)
+@pytest.mark.parametrize("options", BAD_OPTIONS, ids=lambda options: str(options).partition(" at 0x")[0])
 def test_a_bad_option_is_refused_by_name(alone: Client, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as caught:
         alone.generate("hi", **options)

@@ -101,6 +101,23 @@ def assert_flat(before: list[int], after: list[int], allowed: int = SETTLING) ->
     assert max(growth) <= allowed, growth
 
 
+def assert_settles(server: Server, play: Callable[[int], object]) -> None:
+    """Play as much again, up to three times, until the processes are as large as before.
+
+    A leak is there every time. What is there once is a product that oneDNN compiles and keeps, 0.6 MB, for each of 36 numbers of
+    rows when a pass first has it; which passes there are depends on which requests meet, so on how busy the machine is.
+    """
+    growth = []
+    for again in range(3):
+        before = memory(server)
+        play(again)
+        growth.append(max(after - size for size, after in zip(before, memory(server), strict=True)))
+        print(f"front end or engine grew by {growth[-1] / MIB:.2f} MiB")
+        if growth[-1] <= SETTLING:
+            return
+    raise AssertionError(growth)
+
+
 @asynccontextmanager
 async def channels(address: str, number: int = 4) -> AsyncIterator[list[grpc.aio.Channel]]:
     """Connections of their own."""
@@ -161,10 +178,8 @@ def batter(server: Server, cases: Iterable[fuzz.Case]) -> Counter[tuple[str, Cod
 def test_no_call_has_any_end_but_a_typed_status(server: Server) -> None:
     half = FIRST + NUM_CASES // 2
     ends = batter(server, (fuzz.case(SEED, number) for number in range(FIRST, half)))
-    before = memory(server)
-    ends += batter(server, (fuzz.case(SEED, number) for number in range(half, FIRST + NUM_CASES)))
-    assert_flat(before, memory(server))
-    assert ends.total() == NUM_CASES
+    assert_settles(server, lambda _: ends.update(batter(server, (fuzz.case(SEED, n) for n in range(half, FIRST + NUM_CASES)))))
+    assert ends.total() >= NUM_CASES  # the second half may have been played again
     if NUM_CASES >= 1000:  # it gets past the first checks, too
         answered = {method for method, code in ends if code == Code.OK}
         assert answered == {*fuzz.MESSAGES, fuzz.HEALTH, fuzz.REFLECTION}
@@ -216,10 +231,11 @@ def test_ten_thousand_sessions_that_are_opened_and_left_take_no_more_room_than_a
             describe: Any = pb_grpc.VerificationStub(channel).Describe
             most_sessions = max(most_sessions, (await describe(pb.DescribeRequest())).load.num_sessions)
 
-    asyncio.run(for_each(server.address, range(5_000), open_and_leave))
-    before = memory(server)
-    asyncio.run(for_each(server.address, range(5_000, 10_000), open_and_leave))
-    assert_flat(before, memory(server))
+    def play(part: int) -> None:
+        asyncio.run(for_each(server.address, range(part * 5_000, (part + 1) * 5_000), open_and_leave))
+
+    play(0)
+    assert_settles(server, lambda again: play(1 + again))
     assert 0 < most_sessions <= MAX_SESSIONS
 
 
@@ -317,11 +333,13 @@ def test_an_hour_of_short_sessions_leaves_no_page_and_no_memory_behind(server: S
         await session.live()
         ends.update(session.ends)
 
-    asyncio.run(for_each(server.address, range(NUM_SESSIONS // 2), live))
-    before = memory(server)
-    asyncio.run(for_each(server.address, range(NUM_SESSIONS // 2, NUM_SESSIONS), live))
+    def play(part: int) -> None:
+        half = NUM_SESSIONS // 2
+        asyncio.run(for_each(server.address, range(part * half, (part + 1) * half), live))
+
+    play(0)
+    assert_settles(server, lambda again: play(1 + again))
     print(ends)
-    assert_flat(before, memory(server))
     assert min(ends["OK"], ends["CANCELLED"]) > NUM_SESSIONS // 10
 
 

@@ -88,7 +88,11 @@ def test_a_token_opens_every_method_and_the_client_sends_it(server: Loopback) ->
     until(lambda: server.engine.load.num_sessions == 0)
 
 
-@pytest.mark.parametrize("token", [None, new_token(), ACME[:-1], ACME + "x", "x", "Bearer"], ids=lambda value: str(value)[:5])
+@pytest.mark.parametrize(
+    "token",
+    [None, new_token(), ACME[:-1], ACME + "x", "x", "Bearer"],
+    ids=["none", "of nobody", "cut short", "too long", "one letter", "a scheme"],
+)
 def test_without_a_known_token_every_method_is_shut_and_nothing_is_retried(server: Loopback, token: str | None) -> None:
     cloud = Cloud(server.address, None, Timeout(), token=token)
     verifier = RemoteVerifier(cloud)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pairs import cached_model
+from pairs import Pair
 from tiny import CHAT_TEMPLATE, make_tiny_llama
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -16,6 +16,8 @@ from transformers import AutoTokenizer
 
 from edgecloud.edge.tokenizer import ChatTokenizer
 from edgecloud.errors import BundleCorruptError, ConfigError
+
+pytest_plugins = ["pairs"]
 
 CONVERSATIONS = [
     [{"role": "user", "content": "Why is the sky blue?"}],
@@ -33,12 +35,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_llama(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.fixture(scope="module", params=["tiny", "smollm2"])
+@pytest.fixture(scope="module", params=["tiny", pytest.param("smollm2", marks=pytest.mark.timeout(1200))])
 def both(request: pytest.FixtureRequest, tiny: Path) -> tuple[ChatTokenizer, Any]:
     """Ours and transformers', of the same folder."""
-    folder = tiny if request.param == "tiny" else cached_model()
-    if folder is None:
-        pytest.skip("the demo model is not in the cache; `edgecloud fetch smollm2-135m` puts it there")
+    pair: Pair | None = None if request.param == "tiny" else request.getfixturevalue("smol_pair")
+    folder = pair.target if pair else tiny
     theirs = AutoTokenizer.from_pretrained(folder)
     special = {name: str(token) for name, token in theirs.special_tokens_map.items() if isinstance(token, str)}
     return ChatTokenizer(folder / "tokenizer.json", folder / "chat_template.jinja", special), theirs
