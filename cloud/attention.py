@@ -109,7 +109,9 @@ def paged_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     attend = backend_for(query.device.type).ragged_paged_attention
     out = attend(rows, keys, values, paged_batch.segments, scale, sliding_window, softcap)
-    return F.pad(out, (0, 0, 0, 0, 0, query.shape[2] - num_rows)).unsqueeze(0), None
+    if extra := query.shape[2] - num_rows:
+        out = F.pad(out, (0, 0, 0, 0, 0, extra))
+    return out.unsqueeze(0), None
 
 
 def register() -> None:

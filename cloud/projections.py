@@ -101,7 +101,7 @@ class _Shared:
     def part(self, x: Tensor, index: int) -> Tensor:
         """Columns of projection `index`.  [..., in] -> [..., widths[index]]"""
         if x is not self._x:
-            self._x, self._parts = x, torch.split(self._product(x), self._widths, -1)
+            self._x, self._parts = x, torch.split_with_sizes(self._product(x), self._widths, -1)
         part = self._parts[index]
         if index == len(self._widths) - 1:
             self._x, self._parts = None, ()
@@ -161,7 +161,17 @@ def _norm(module: nn.Module) -> Function | None:
     eps = getattr(module, "variance_epsilon", None)
     if not isinstance(eps, float) or not isinstance(weight, nn.Parameter):
         return None
-    function = partial(torch.rms_norm, normalized_shape=weight.shape, weight=weight, eps=eps)
     rows = 3 * torch.linspace(-3, 5, 8 * weight.numel(), device=weight.device).cos().view(8, -1).to(weight.dtype)
-    with torch.inference_mode():
-        return function if torch.equal(module(rows), function(rows)) else None
+    for function in (
+        partial(torch.rms_norm, normalized_shape=weight.shape, weight=weight, eps=eps),
+        partial(_norm_in_float32, weight=weight, eps=eps),
+    ):
+        with torch.inference_mode():
+            if torch.equal(module(rows), function(rows)):
+                return function
+    return None
+
+
+def _norm_in_float32(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Rounded before it is weighted, as transformers does.  [..., width] -> the same"""
+    return weight * torch.rms_norm(x.float(), weight.shape, None, eps).to(x.dtype)
