@@ -192,7 +192,7 @@ def _turn(job: Job) -> tuple[float, float, int]:
     return job.request.deadline_s, job.arrived_s, job.number
 
 
-def pack(shares: list[Share], pool: KVPool, device: torch.device) -> PagedBatch:
+def pack(shares: list[Share], pool: KVPool, device: torch.device, *, bitwise: bool = True) -> PagedBatch:
     """One packed batch, without padding."""
     input_ids: list[int] = []
     position_ids: list[int] = []
@@ -211,7 +211,7 @@ def pack(shares: list[Share], pool: KVPool, device: torch.device) -> PagedBatch:
         input_ids=tensor_ids(input_ids, device)[None],
         position_ids=tensor_ids(position_ids, device)[None],
         slots=tensor_ids(slots, device),
-        segments=Segments(segments),
+        segments=Segments(segments, bitwise=bitwise),
         logits_rows=tensor_ids(logits_rows, device),
         pool=pool,
     )

@@ -118,7 +118,7 @@ class Engine:
             return
         started = time.perf_counter()
         try:
-            batch = pack(shares, self._kv, self._model.device)
+            batch = pack(shares, self._kv, self._model.device, bitwise=self._model.exact == "bitwise")
             logits = self._model.forward(batch)
             rows = [row for share in shares for row in _choice_rows(share)]
             choices = backend_for(logits.device.type).choose(logits, rows)

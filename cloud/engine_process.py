@@ -47,7 +47,7 @@ def _load(start: Start, socket: zmq.Socket[bytes]) -> Callable[[], None]:
     config = start.config
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    target = TargetModel(config.folder, config.dtype, config.device)
+    target = TargetModel(config.folder, config.dtype, config.device, config.exact)
     engine = Engine(
         target,
         cache_bytes=config.cache_bytes,

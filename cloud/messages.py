@@ -21,6 +21,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
 
     folder: Path
     dtype: str = "auto"
+    exact: str = "auto"
     device: str = "cpu"
     num_threads: int = 0  # of torch; 0: as many as the process may use
     cache_bytes: int = 1 << 30

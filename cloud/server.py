@@ -74,6 +74,7 @@ class ServerConfig:
     port: int = 7070  # 0: any free one
     dtype: str = "auto"
     device: str = "cpu"
+    exact: str = "auto"  # as model.TargetModel takes it
     num_threads: int = 0  # of torch; 0: as many as this process may use
     cache_bytes: int = 1 << 30  # key-value cache
     page_size: int = 16  # tokens
@@ -226,6 +227,7 @@ def _engine_config(folder: Path, config: ServerConfig) -> EngineConfig:
     return EngineConfig(
         folder=folder.resolve(),
         dtype=config.dtype,
+        exact=config.exact,
         device=config.device,
         num_threads=config.num_threads,
         cache_bytes=config.cache_bytes,

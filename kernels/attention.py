@@ -33,14 +33,19 @@ class Segment:
 
 
 class Segments(tuple[Segment, ...]):
-    """The segments of a pass, and what a version works out once for all of its layers."""
+    """The segments of a pass, and what a version works out once for all of its layers.
+
+    `bitwise`: the bits of a row shall depend on nothing but the row and its context.
+    """
 
     plans: dict[Any, Any]
+    bitwise: bool
 
-    def __new__(cls, segments: Iterable[Segment]) -> Segments:
+    def __new__(cls, segments: Iterable[Segment], *, bitwise: bool = True) -> Segments:
         """Of segments in the order of their rows."""
         self = super().__new__(cls, segments)
         self.plans = {}
+        self.bitwise = bitwise
         return self
 
 

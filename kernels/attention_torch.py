@@ -46,9 +46,11 @@ def ragged_paged_attention(
     kv_heads, num_slots, _ = keys.shape
     group = heads // kv_heads
     grouped = query.view(num_rows, kv_heads, group, head_dim)
-    times = -(-FEWEST_ROWS // group)
-    # A copy, for a product's rows may not all be the same memory.
-    singles = grouped.unsqueeze(2).expand(-1, -1, times, -1, -1).flatten(2, 3).contiguous()
+    if not isinstance(segments, Segments):
+        segments = Segments(segments)
+    singles = grouped
+    if segments.bitwise:  # a copy, for a product's rows may not all be the same memory
+        singles = grouped.unsqueeze(2).expand(-1, -1, _times(group), -1, -1).flatten(2, 3).contiguous()
     keys, values = keys.unsqueeze(0), values.unsqueeze(0)
     parts = []  # [rows, kv_heads, group, value_dim]
     for block in _plan(segments, group, num_slots, query.dtype, query.device):
@@ -93,18 +95,23 @@ class _Block:
     tiles: tuple[_Tile, ...]
 
 
-def _plan(segments: Sequence[Segment], group: int, num_slots: int, dtype: torch.dtype, device: torch.device) -> list[_Block]:
+def _times(group: int) -> int:
+    """How often a single row's group of heads goes into a product."""
+    return -(-FEWEST_ROWS // group)
+
+
+def _plan(segments: Segments, group: int, num_slots: int, dtype: torch.dtype, device: torch.device) -> list[_Block]:
     """What there is to do, which is the same in every layer of a pass."""
-    if not isinstance(segments, Segments):
-        segments = Segments(segments)
     key = (group, num_slots, dtype, device)
     if key not in segments.plans:
-        segments.plans[key] = [block for segment in segments for block in _blocks(segment, *key)]
+        segments.plans[key] = [block for segment in segments for block in _blocks(segment, segments.bitwise, *key)]
     blocks: list[_Block] = segments.plans[key]
     return blocks
 
 
-def _blocks(segment: Segment, group: int, num_slots: int, dtype: torch.dtype, device: torch.device) -> Iterator[_Block]:
+def _blocks(
+    segment: Segment, bitwise: bool, group: int, num_slots: int, dtype: torch.dtype, device: torch.device
+) -> Iterator[_Block]:
     position, row = segment.length - segment.num_rows, segment.start
     while row < segment.stop:
         count = min(segment.stop - row, ROW_BLOCK - position % ROW_BLOCK)
@@ -113,8 +120,11 @@ def _blocks(segment: Segment, group: int, num_slots: int, dtype: torch.dtype, de
         last_tile, offset = divmod(position, TILE)
         num_keys = offset + count
         width = next(width for width in WIDTHS if width >= num_keys)
-        if alone:  # its group's heads, several times
-            bias = causal_bias(1, dtype, device)[offset : offset + 1, :width].expand(-(-FEWEST_ROWS // group) * group, -1)
+        bias: Tensor | None
+        if alone and not bitwise:  # just the keys there are
+            width, bias = num_keys, None
+        elif alone:  # its group's heads, several times
+            bias = causal_bias(1, dtype, device)[offset : offset + 1, :width].expand(_times(group) * group, -1)
         else:
             bias = causal_bias(group, dtype, device)[offset * group : (offset + padded) * group, :width]
         own = _Tile(last_tile * TILE, num_keys, width, _slot(segment, last_tile * TILE, num_keys, width, num_slots), bias)

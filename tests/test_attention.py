@@ -25,7 +25,7 @@ from edgecloud.cloud.model import TargetModel
 from edgecloud.cloud.pages import PagePool, PageTable
 from edgecloud.cloud.sessions import Session
 from edgecloud.cloud.work import Extend
-from edgecloud.errors import ModelError
+from edgecloud.errors import ConfigError, ModelError
 from edgecloud.kernels import attention_torch
 from edgecloud.kernels.attention import Segment
 from edgecloud.sampling import SamplingSettings
@@ -307,7 +307,7 @@ def bitwise(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         tmp_path_factory.mktemp("bitwise") / "m",
         num_heads=6, num_kv_heads=2, hidden_size=768, vocab_size=512, max_position_embeddings=2048, scale=0.05,
     )  # fmt: skip
-    target = TargetModel(folder, request.param)
+    target = TargetModel(folder, request.param, exact="bitwise")
     assert target.exact == "bitwise"
     return target
 
@@ -369,6 +369,26 @@ def test_an_architecture_that_the_paged_path_cannot_even_run_is_refused(folder_o
     with pytest.raises(ModelError, match="mpt is not supported as a target") as caught:
         TargetModel(folder)
     assert str(folder) in str(caught.value)
+
+
+def test_what_cannot_be_exact_to_the_bit_says_so(folder_of: Callable[[PretrainedConfig], Path]) -> None:
+    """Scores under a sliding window are written out, by products whose shape follows the context."""
+    folder = folder_of(transformers.MistralConfig(**SIZES, sliding_window=8))
+    assert TargetModel(folder, "bfloat16").exact == "tolerance"
+    with pytest.raises(ConfigError, match="exact is bitwise, which mistral in bfloat16 on cpu is not here; give tolerance"):
+        TargetModel(folder, "bfloat16", exact="bitwise")
+    with pytest.raises(ConfigError, match="exact is 'bits'; it takes auto, bitwise, tolerance"):
+        TargetModel(folder, exact="bits")
+
+
+def test_float32_is_exact_to_the_bit_where_it_was_asked_for(folder_of: Callable[[PretrainedConfig], Path]) -> None:
+    folder = folder_of(transformers.LlamaConfig(**SIZES))
+    assert [TargetModel(folder, exact=exact).exact for exact in ("auto", "bitwise", "tolerance")] == [
+        "tolerance",
+        "bitwise",
+        "tolerance",
+    ]
+    assert TargetModel(folder, "bfloat16").exact == "bitwise"
 
 
 def test_the_window_ends_where_rope_would_change_for_tokens_that_are_cached(

@@ -148,7 +148,10 @@ def test_twelve_other_sessions_change_no_token_in_any_mode(tiny_pair: Pair, dtyp
     def texts(client: Client) -> list[list[list[int]]]:
         return [[client.generate(PROMPT, max_new_tokens=60, **s, **mode).token_ids for mode in modes] for s in settings]
 
-    with serving(tiny_pair.bundle, "--dtype", dtype) as server, Client(tiny_pair.bundle, cloud=server.address) as client:
+    with (
+        serving(tiny_pair.bundle, "--dtype", dtype, "--exact", "bitwise") as server,
+        Client(tiny_pair.bundle, cloud=server.address) as client,
+    ):
         assert client.describe().exact == "bitwise"
         alone = texts(client)
         for of_setting in alone:

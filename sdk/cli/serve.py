@@ -23,6 +23,13 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on. Off loopback it takes TLS or --insecure.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes any free port and prints it.")] = 7070,
     dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16, float16.")] = "auto",
+    exact: Annotated[
+        str,
+        typer.Option(
+            help="bitwise: logits are the same bits whatever shares a pass, or the start fails; tolerance: to rounding; "
+            "auto: bitwise, but for float32, where it would cost a single stream 15 %."
+        ),
+    ] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1. CUDA has never been run by us.")] = "cpu",
     threads: Annotated[int, typer.Option(help="Threads of torch. 0: as many as this process may use.")] = 0,
     cache_mb: Annotated[int, typer.Option(help="Key-value cache in MiB.")] = 1024,
@@ -56,7 +63,8 @@ def serve(
     from edgecloud.cloud.server import serve as serve_until_stopped
 
     server_config = ServerConfig(
-        host=host, port=port, dtype=dtype, device=device, num_threads=threads, cache_bytes=cache_mb << 20, page_size=page_size,
+        host=host, port=port, dtype=dtype, exact=exact, device=device, num_threads=threads,
+        cache_bytes=cache_mb << 20, page_size=page_size,
         max_pass_tokens=max_pass_tokens, max_draft_tokens=max_draft_tokens, max_sessions=max_sessions, idle_s=idle_s,
         max_requests=max_requests, max_connection_requests=max_connection_requests, max_connection_age_s=max_connection_age_s,
         slow_reader_s=slow_reader_s, drain_s=drain_s, tokens_file=tokens_file,
