@@ -19,6 +19,8 @@ SCRIPTS = {  # with what --quick adds
     "device_rss": [],
     "device_decode": ["--repetitions", "2"],
     "cloud_decode": ["--starts", "1", "--repetitions", "2"],
+    "engine": ["--repetitions", "1"],
+    "front_end": ["--rounds", "10"],
     "cloud_passes": ["--per-category", "1", "--max-minutes", "1"],
 }
 

@@ -198,6 +198,28 @@ def started(tiny_pair: Pair) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
+def test_a_signal_ends_it_even_where_its_exception_is_dropped() -> None:
+    code = """
+import time
+from edgecloud.cli import demo
+demo.GRACE_S = 0.1
+with demo._stopped_like_ctrl_c():
+    print("ready", flush=True)
+    while True:
+        try:
+            time.sleep(1)
+        except KeyboardInterrupt:
+            pass
+"""
+    with subprocess.Popen([sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.terminate()
+        _, remarks = process.communicate()
+    assert process.returncode == 130
+    assert "most recent call first" in remarks
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
 def test_nothing_outlives_it(started: subprocess.Popen[str], number: int, code: int) -> None:
     children = descendants(started.pid)

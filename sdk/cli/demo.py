@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
+import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +26,7 @@ from edgecloud.cli.output import JsonFlag, print_json, progress_console, table_c
 if TYPE_CHECKING:
     from edgecloud.demo import DemoReport, Row
 
+GRACE_S = 15.0  # from a signal to the end
 TABLE_WIDTH, REMARK_EVERY = 100, 14  # where there is no terminal
 
 
@@ -78,17 +82,31 @@ def _run(bundle: Path, num_prompts: int, max_new_tokens: int, console: Console, 
 
 @contextmanager
 def _stopped_like_ctrl_c() -> Iterator[None]:
-    """SIGTERM and SIGHUP end what was started, too."""
+    """SIGTERM and SIGHUP end what was started, too; all of them within `GRACE_S`.
+
+    An exception raised by a signal may come up where it is dropped, in a destructor or a callback of a library.
+    """
+    overdue = threading.Timer(GRACE_S, _leave)
+    overdue.daemon = True
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
+        if not overdue.is_alive():
+            overdue.start()
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
+        overdue.cancel()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _leave() -> None:
+    """End this process where it stands, and say where that was; those it started end with their pipe to it."""
+    faulthandler.dump_traceback()
+    os._exit(130)
 
 
 def to_table(report: DemoReport) -> Table:
