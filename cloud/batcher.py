@@ -16,7 +16,7 @@ from edgecloud.cloud.work import Answer, Extend
 from edgecloud.kernels.attention import Segment, Segments
 
 SHORT_ROWS = 48  # a request of at most this many rows goes before longer ones
-STRETCH = 1.6  # a prompt may make the pass of others this much longer
+STRETCH = 1.4  # a prompt may make the pass of others this much longer
 SMALLEST_CHUNK_ROWS = 8  # and gets on by at least so much
 UNTRIED_CHUNK_ROWS = 64  # while it is not known what a row costs
 
