@@ -204,10 +204,10 @@ import time
 from edgecloud.cli import demo
 demo.GRACE_S = 0.1
 with demo._stopped_like_ctrl_c():
-    print("ready", flush=True)
     while True:
         try:
-            time.sleep(1)
+            print("ready", flush=True)
+            time.sleep(60)
         except KeyboardInterrupt:
             pass
 """
