@@ -15,11 +15,11 @@ import torch.nn.functional as F  # noqa: N812  # torch's own habit
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from edgecloud.kernels.attention import Segment
+from edgecloud.cloud.pages import PageTable
+from edgecloud.kernels.attention import Segment, Segments
 from edgecloud.kernels.backend import backend_for
 
 PAGED_ATTENTION = "edgecloud_paged"
-SLACK = 512  # slots behind the last: a kernel reads, and masks, up to a tile beyond a context
 
 
 class AttentionForm(NamedTuple):
@@ -32,8 +32,9 @@ class AttentionForm(NamedTuple):
 
 
 class KVPool:
-    """Keys and values of all sessions: per layer [kv_heads, num_slots + SLACK, head_dim], zeros, made when a layer first writes.
+    """Keys and values of all sessions: per layer [kv_heads, slots, head_dim], zeros, made when a layer first writes.
 
+    Behind the last slot lies a tile more: attention reads, and masks, up to that much beyond a context.
     Untouched slots cost no memory until they are written, where the allocator maps lazily (CPU); on other devices the pool is
     reserved at once.
     """
@@ -46,9 +47,10 @@ class KVPool:
     def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store key and value rows ([kv_heads, rows, dim]) at `slots` and return the layer's whole pool."""
         if layer not in self._layers:
+            num_slots = self.num_slots + backend_for(key.device.type).tile
             self._layers[layer] = (
-                key.new_zeros(key.shape[0], self.num_slots + SLACK, key.shape[2]),
-                value.new_zeros(value.shape[0], self.num_slots + SLACK, value.shape[2]),
+                key.new_zeros(key.shape[0], num_slots, key.shape[2]),
+                value.new_zeros(value.shape[0], num_slots, value.shape[2]),
             )
         keys, values = self._layers[layer]
         keys.index_copy_(1, slots, key)
@@ -75,9 +77,42 @@ class PagedBatch:
     input_ids: Tensor  # [1, rows]
     position_ids: Tensor  # [1, rows]
     slots: Tensor  # [rows] int64: where each row's key and value go
-    segments: Sequence[Segment]  # Segments, to be planned once for all layers
+    segments: Segments
     logits_rows: Tensor  # [choices] int64: rows whose logits are wanted
     pool: KVPool
+
+
+class Rows(NamedTuple):
+    """A session's part of a pass: its tokens from position `start` on, of which the last `num_choices` want logits."""
+
+    table: PageTable
+    start: int
+    ids: Sequence[int]
+    num_choices: int
+
+
+def pack(parts: Sequence[Rows], pool: KVPool, device: torch.device, *, bitwise: bool = True) -> PagedBatch:
+    """One packed batch, without padding. `bitwise`: the bits of a row shall depend on nothing but the row and its context."""
+    input_ids: list[int] = []
+    position_ids: list[int] = []
+    slots: list[int] = []
+    segments: list[Segment] = []
+    logits_rows: list[int] = []
+    for table, start, ids, num_choices in parts:
+        first, stop = len(input_ids), start + len(ids)
+        input_ids += ids
+        position_ids += range(start, stop)
+        slots += table.slots(start, stop)
+        segments.append(Segment(first, len(input_ids), stop, table.runs(stop)))
+        logits_rows += range(len(input_ids) - num_choices, len(input_ids))
+    return PagedBatch(
+        input_ids=tensor_ids(input_ids, device)[None],
+        position_ids=tensor_ids(position_ids, device)[None],
+        slots=tensor_ids(slots, device),
+        segments=Segments(segments, bitwise=bitwise),
+        logits_rows=tensor_ids(logits_rows, device),
+        pool=pool,
+    )
 
 
 def paged_attention(

@@ -6,14 +6,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import torch
-
-from edgecloud.cloud.attention import KVPool, PagedBatch, tensor_ids
+from edgecloud.cloud.attention import Rows
 from edgecloud.cloud.pages import OutOfPagesError
 from edgecloud.cloud.pass_cost import PassCostFit
 from edgecloud.cloud.sessions import OverQuotaError, Session, SessionStore
 from edgecloud.cloud.work import Answer, Extend
-from edgecloud.kernels.attention import Segment, Segments
 
 SHORT_ROWS = 48  # a request of at most this many rows goes before longer ones
 STRETCH = 1.4  # a prompt may make the pass of others this much longer
@@ -70,6 +67,12 @@ class Share:
     def num_choices(self) -> int:
         """Rows whose logits are wanted."""
         return max(0, self.stop - self.choices_from)
+
+    @property
+    def rows(self) -> Rows:
+        """What the pass computes."""
+        session = self.job.open_session
+        return Rows(session.table, self.start, session.tokens[self.start : self.stop], self.num_choices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,28 +193,3 @@ class Batcher:
 
 def _turn(job: Job) -> tuple[float, float, int]:
     return job.request.deadline_s, job.arrived_s, job.number
-
-
-def pack(shares: list[Share], pool: KVPool, device: torch.device, *, bitwise: bool = True) -> PagedBatch:
-    """One packed batch, without padding."""
-    input_ids: list[int] = []
-    position_ids: list[int] = []
-    slots: list[int] = []
-    segments: list[Segment] = []
-    logits_rows: list[int] = []
-    for share in shares:
-        session = share.job.open_session
-        first = len(input_ids)
-        input_ids += session.tokens[share.start : share.stop]
-        position_ids += range(share.start, share.stop)
-        slots += session.table.slots(share.start, share.stop)
-        segments.append(Segment(first, len(input_ids), share.stop, session.table.runs(share.stop)))
-        logits_rows += range(len(input_ids) - share.num_choices, len(input_ids))
-    return PagedBatch(
-        input_ids=tensor_ids(input_ids, device)[None],
-        position_ids=tensor_ids(position_ids, device)[None],
-        slots=tensor_ids(slots, device),
-        segments=Segments(segments, bitwise=bitwise),
-        logits_rows=tensor_ids(logits_rows, device),
-        pool=pool,
-    )

@@ -10,8 +10,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from edgecloud.cloud.attention import KVPool
-from edgecloud.cloud.batcher import Batcher, Job, Share, pack
+from edgecloud.cloud.attention import KVPool, pack
+from edgecloud.cloud.batcher import Batcher, Job, Share
 from edgecloud.cloud.model import TargetModel
 from edgecloud.cloud.pages import PagePool
 from edgecloud.cloud.pass_cost import PassCostFit
@@ -118,7 +118,7 @@ class Engine:
             return
         started = time.perf_counter()
         try:
-            batch = pack(shares, self._kv, self._model.device, bitwise=self._model.exact == "bitwise")
+            batch = pack([share.rows for share in shares], self._kv, self._model.device, bitwise=self._model.exact == "bitwise")
             logits = self._model.forward(batch)
             rows = [row for share in shares for row in _choice_rows(share)]
             choices = backend_for(logits.device.type).choose(logits, rows)

@@ -30,8 +30,8 @@ class TargetModel:
     """Loads a folder and turns packed batches into logits.
 
     `exact` is "bitwise" when the logits after a token are the same bits whatever shares its pass, whatever the chunks and the
-    pages; "tolerance" when they are so but for rounding. "auto" asks for
-    bits but in float32, where single rows would cost 15 % more.
+    pages; "tolerance" when they are so but for rounding. "auto" asks for bits, except in float32, where
+    single rows would cost 15 % more.
 
     Raises:
         ModelError: no such folder, broken files, or an architecture that the paged path cannot run exactly.
@@ -56,7 +56,7 @@ class TargetModel:
             self.bytes_per_token = self._probe()
         except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:  # it would not even run
             raise ModelError(f"{folder}: {config.model_type} is not supported as a target: {error}") from error
-        if exact == "bitwise" != self.exact:
+        if exact == "bitwise" and self.exact != "bitwise":
             raise ConfigError(
                 f"exact is bitwise, which {config.model_type} in {str(self.dtype).removeprefix('torch.')} on {device} is not here; "
                 f"give tolerance"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from edgecloud.cloud.attention import AttentionForm, KVPool, PagedBatch, tensor_ids
+from edgecloud.cloud.attention import AttentionForm, KVPool, PagedBatch, Rows, pack
 from edgecloud.cloud.pages import PagePool, PageTable
 from edgecloud.kernels.attention import Segment
 from edgecloud.kernels.backend import backend_for
@@ -35,11 +35,12 @@ class Trial:
         got = []
         start = 0
         for chunk in chunks:
-            parts = [(table, self.ids[start : start + chunk], start)]
+            parts = [Rows(table, start, self.ids[start : start + chunk], chunk)]
             if others:
-                neighbour.crop_to(0)
-                parts.insert(0, (neighbour, list(others), 0))
-            got.append(self._forward(self._pack(parts))[-chunk:])
+                parts.insert(0, Rows(neighbour, 0, others, 1))
+            for rows in parts:
+                rows.table.reserve(rows.start + len(rows.ids))
+            got.append(self._forward(pack(parts, self.pool, self._device))[-chunk:])
             start += chunk
         table.release()
         neighbour.release()
@@ -50,28 +51,6 @@ class Trial:
         dtype = logits.dtype
         return all(torch.equal(self.logits(chunks, self.ids[:3]), logits) for chunks in PACKINGS) and all(
             form.plain and _is_invariant(form, dtype, self._device) for form in self.pool.forms
-        )
-
-    def _pack(self, parts: Sequence[tuple[PageTable, list[int], int]]) -> PagedBatch:
-        """One pass over several sessions' next tokens, all logits wanted."""
-        ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        segments = []
-        for table, tokens, start in parts:
-            stop = start + len(tokens)
-            table.reserve(stop)
-            segments.append(Segment(len(ids), len(ids) + len(tokens), stop, table.runs(stop)))
-            ids += tokens
-            positions += range(start, stop)
-            slots += table.slots(start, stop)
-        return PagedBatch(
-            input_ids=tensor_ids(ids, self._device)[None],
-            position_ids=tensor_ids(positions, self._device)[None],
-            slots=tensor_ids(slots, self._device),
-            segments=segments,
-            logits_rows=tensor_ids(list(range(len(ids))), self._device),
-            pool=self.pool,
         )
 
 

@@ -51,26 +51,30 @@ def ragged_paged_attention(
     singles = grouped
     if segments.bitwise:  # a copy, for a product's rows may not all be the same memory
         singles = grouped.unsqueeze(2).expand(-1, -1, _times(group), -1, -1).flatten(2, 3).contiguous()
-    keys, values = keys.unsqueeze(0), values.unsqueeze(0)
-    parts = []  # [rows, kv_heads, group, value_dim]
-    for block in _plan(segments, group, num_slots, query.dtype, query.device):
-        segment, row, count = block.segment, block.row, block.count
-        windowed = sliding_window is not None and segment.length > sliding_window
-        if softcap is not None or windowed or keys.shape[3] != values.shape[3]:
-            if row == segment.start:
-                rows = query[row : segment.stop]
-                parts.append(_scored(rows, keys[0], values[0], segment, scaling, sliding_window, softcap))
-        elif count == 1 and segment.num_rows == 1:
-            parts.append(_over_tiles(singles.narrow(0, row, 1), keys, values, block, scaling).narrow(2, 0, group))
+    pools = keys.unsqueeze(0), values.unsqueeze(0)
+    plain = softcap is None and keys.shape[2] == values.shape[2]
+    parts: list[Tensor] = []  # [rows, kv_heads, group, value_dim]
+    for segment, blocks in zip(segments, _plan(segments, group, num_slots, query.dtype, query.device), strict=True):
+        if not plain or (sliding_window is not None and segment.length > sliding_window):
+            rows = query[segment.start : segment.stop]
+            parts.append(_scored(rows, keys, values, segment, scaling, sliding_window, softcap))
+        elif segment.num_rows == 1:
+            parts.append(_over_tiles(singles.narrow(0, segment.start, 1), *pools, blocks[0], scaling).narrow(2, 0, group))
         else:
-            rows = grouped[row : row + count]
-            if block.padded > count:
-                rows = torch.cat([rows, rows[-1:].expand(block.padded - count, -1, -1, -1)])
-            q = rows.transpose(0, 1).reshape(1, kv_heads, block.padded * group, head_dim)
-            attended = _over_tiles(q, keys, values, block, scaling)
-            parts.append(attended[0].view(kv_heads, block.padded, group, -1).transpose(0, 1)[:count])
+            parts += [_several_rows(grouped, *pools, block, scaling) for block in blocks]
     attended = parts[0] if len(parts) == 1 else torch.cat(parts)
     return attended.reshape(num_rows, heads, -1)
+
+
+def _several_rows(grouped: Tensor, keys: Tensor, values: Tensor, block: _Block, scaling: float) -> Tensor:
+    """A block's rows, with their group's heads as rows of one product.  -> [rows, kv_heads, group, value_dim]"""
+    kv_heads, group, head_dim = grouped.shape[1:]
+    rows = grouped[block.row : block.row + block.count]
+    if block.padded > block.count:
+        rows = torch.cat([rows, rows[-1:].expand(block.padded - block.count, -1, -1, -1)])
+    q = rows.transpose(0, 1).reshape(1, kv_heads, block.padded * group, head_dim)
+    attended = _over_tiles(q, keys, values, block, scaling)
+    return attended[0].view(kv_heads, block.padded, group, -1).transpose(0, 1)[: block.count]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +104,13 @@ def _times(group: int) -> int:
     return -(-FEWEST_ROWS // group)
 
 
-def _plan(segments: Segments, group: int, num_slots: int, dtype: torch.dtype, device: torch.device) -> list[_Block]:
-    """What there is to do, which is the same in every layer of a pass."""
+def _plan(segments: Segments, group: int, num_slots: int, dtype: torch.dtype, device: torch.device) -> list[list[_Block]]:
+    """The blocks of every segment, which are the same in every layer of a pass."""
     key = (group, num_slots, dtype, device)
     if key not in segments.plans:
-        segments.plans[key] = [block for segment in segments for block in _blocks(segment, segments.bitwise, *key)]
-    blocks: list[_Block] = segments.plans[key]
-    return blocks
+        segments.plans[key] = [list(_blocks(segment, segments.bitwise, *key)) for segment in segments]
+    plan: list[list[_Block]] = segments.plans[key]
+    return plan
 
 
 def _blocks(

@@ -19,8 +19,8 @@ from tiny import make_tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from edgecloud.cloud.attention import KVPool
-from edgecloud.cloud.batcher import Job, Share, pack
+from edgecloud.cloud.attention import KVPool, pack
+from edgecloud.cloud.batcher import Job, Share
 from edgecloud.cloud.model import TargetModel
 from edgecloud.cloud.pages import PagePool, PageTable
 from edgecloud.cloud.sessions import Session
@@ -231,7 +231,7 @@ class Sequences:
             session.table.reserve(stop)
             request = Extend(session.session_id, 0, tuple(session.tokens), 0, SamplingSettings())
             shares.append(Share(Job(request, lambda _: None, lambda: False, 0.0, session), start, stop, start))
-        logits = self.target.forward(pack(shares, self.kv, self.target.device))
+        logits = self.target.forward(pack([share.rows for share in shares], self.kv, self.target.device))
         for share in shares:
             share.job.open_session.table.length = share.stop
         return list(logits.split([share.stop - share.start for share in shares]))
