@@ -234,9 +234,8 @@ class Server:
     @property
     def engine(self) -> int:
         """Process id of its engine: the newest child."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        assert children, "the server has no engine"
-        return int(children[-1])
+        until(lambda: self._children() != [])  # after a crash the next one starts in a moment
+        return self._children()[-1]
 
     def kill(self) -> None:
         """As a crash would."""
@@ -263,6 +262,9 @@ class Server:
         """Stop it."""
         self.process.terminate()
         self.process.communicate()
+
+    def _children(self) -> list[int]:
+        return [int(child) for child in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()]
 
     def _start(self, port: int) -> subprocess.Popen[str]:
         command = [*self._command, "--port", str(port)]
