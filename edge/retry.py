@@ -54,28 +54,39 @@ class Retry:
 
     def again_or_raise(self, error: CloudError) -> None:
         """Return when the call may be repeated, after a jittered pause where one helps."""
-        now = time.monotonic()
-        if self._deadline_s is not None and now >= self._deadline_s:
+        time.sleep(self.pause_s(error, time.monotonic()))
+
+    def is_spent(self, since_s: float, now_s: float) -> bool:
+        """Whether what was lost at `since_s` has been waited for long enough."""
+        return now_s >= self.spent_at_s(since_s)
+
+    def spent_at_s(self, since_s: float) -> float:
+        """When it will be."""
+        return since_s + self._timeout.retry_s
+
+    def pause_s(self, error: CloudError, now_s: float) -> float:
+        """How long to wait before the call is repeated. Raises the error when it is not worth repeating, or often enough was."""
+        if self._deadline_s is not None and now_s >= self._deadline_s:
             raise DeadlineExceededError("the time allowed for this generation has passed; allow more or ask for less") from error
         if isinstance(error, ContextMissingError):
             self._num_rebuilds += 1
             if self._num_rebuilds > MAX_REBUILDS:
                 raise ProtocolError(f"{self._address} keeps forgetting the session that it was just sent") from error
-            return
+            return 0.0
         if not isinstance(error, CloudUnavailableError | CloudOverloadedError):
             raise error
         self._num_failures += 1
         if self._first_failure_s is None:
-            self._first_failure_s = now
+            self._first_failure_s = now_s
         pause_s = min(2.0, 0.1 * 2 ** min(self._num_failures - 1, 10)) * random.uniform(0.5, 1.0)  # noqa: S311  # jitter
         if isinstance(error, CloudOverloadedError):
             pause_s = max(pause_s, error.retry_after_s)
-        waited_s = now - self._first_failure_s
+        waited_s = now_s - self._first_failure_s
         if waited_s + pause_s > self._timeout.retry_s or self._num_failures >= self._timeout.max_attempts:
             words = f"{error}; gave up after {self._num_failures} attempts in {waited_s:.1f} s"
             if isinstance(error, CloudOverloadedError):
                 raise CloudOverloadedError(words, error.retry_after_s) from error
             raise CloudUnavailableError(words) from error
         if self._deadline_s is not None:
-            pause_s = min(pause_s, max(0.0, self._deadline_s - now))
-        time.sleep(pause_s)
+            pause_s = min(pause_s, max(0.0, self._deadline_s - now_s))
+        return pause_s

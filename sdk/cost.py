@@ -7,6 +7,10 @@ a + b * new_tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+NEGLIGIBLE = 0.01  # probability below which a cycle is cut off
+FURTHEST = 64  # tokens after which it is
 
 
 def survival(acceptance_rate: float, num_draft_tokens: int) -> list[float]:
@@ -22,3 +26,62 @@ def tokens_per_round(survival: Sequence[float]) -> float:
 def round_ms(num_draft_tokens: int, draft_ms: float, rtt_ms: float, pass_ms: float, pass_ms_per_token: float) -> float:
     """One synchronous round: K drafts, a round trip, one pass over K + 1 positions."""
     return num_draft_tokens * draft_ms + rtt_ms + pass_ms + pass_ms_per_token * (num_draft_tokens + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """What a way of working costs, in expectation."""
+
+    ms_per_token: float
+    passes_per_token: float  # of the target
+
+
+def overlapped(
+    survival: Sequence[float], num_draft_tokens: int, draft_ms: float, rtt_ms: float, verify_ms: float, max_in_flight: int
+) -> Price:
+    """Speculation with drafts on their way while the next are made (edge/pilot.py), from one wrong guess to the next.
+
+    The first draft has K tokens, each later one a guess of the bonus token and K more. They are verified one after another, a
+    pass of `verify_ms` each, as long as every guess before was right: with probability S. The verdict on the first wrong guess
+    ends the cycle; half a step of the device's is then wasted on average.
+
+    Args:
+        survival: S_1, S_2, ... ; further ones go on at the last rate.
+        num_draft_tokens: K, from 0.
+        draft_ms, rtt_ms, verify_ms: a drafted token, the round trip, a pass over K + 1 positions with its queue.
+        max_in_flight: drafts on their way at a time.
+    """
+    length = num_draft_tokens + 1
+    surviving, num_tokens, num_passes, total_ms = 1.0, 0.0, 0.0, draft_ms / 2
+    pass_end_ms = 0.0
+    verdicts: list[float] = []  # when they arrive
+    reach = _Reach(survival)
+    flight = 0
+    while surviving > NEGLIGIBLE and flight * length < FURTHEST:
+        sent_ms = (num_draft_tokens + flight * length) * draft_ms
+        if flight >= max_in_flight:
+            sent_ms = max(sent_ms, verdicts[flight - max_in_flight])
+        pass_end_ms = max(sent_ms + rtt_ms / 2, pass_end_ms) + verify_ms
+        verdicts.append(pass_end_ms + rtt_ms / 2)
+        num_passes += surviving
+        chain = [reach.of(flight * length + i) for i in range(length + 1)]
+        num_tokens += sum(chain[:-1])
+        last = chain[-1] <= NEGLIGIBLE or (flight + 1) * length >= FURTHEST
+        total_ms += (surviving - (0.0 if last else chain[-1])) * verdicts[-1]
+        surviving = chain[-1]
+        flight += 1
+    return Price(total_ms / num_tokens, num_passes / num_tokens)
+
+
+class _Reach:
+    """S_n for any n: S_0 is 1, and beyond those given it falls at the last rate."""
+
+    def __init__(self, survival: Sequence[float]) -> None:
+        self._survival = [1.0, *survival]
+        self._rate = survival[-1] / self._survival[-2] if survival and self._survival[-2] else 0.0
+
+    def of(self, n: int) -> float:
+        survival = self._survival
+        while len(survival) <= n:
+            survival.append(survival[-1] * self._rate)
+        return survival[n]

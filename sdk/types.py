@@ -45,8 +45,19 @@ class Round:
 
 
 @dataclass(frozen=True, slots=True)
+class Guess:
+    """What a mode's loop hands on ahead of a round: the device's guess of the next tokens."""
+
+    token_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """Tokens to show. `text` may be empty while a character is incomplete or a stop string may be forming."""
+    """Tokens to show. `text` may be empty while a character is incomplete or a stop string may be forming.
+
+    Provisional tokens are the device's guess: later they are confirmed by final events with the same ids, in order, whose `text` is
+    only what was not shown before; or a `Retract` takes them back.
+    """
 
     text: str
     token_ids: list[int]
@@ -55,9 +66,10 @@ class TokenEvent:
 
 @dataclass(frozen=True, slots=True)
 class Retract:
-    """The last `num_tokens` provisional tokens were not the target's: take them off the screen."""
+    """The last `num_tokens` provisional tokens were not the target's: take the last `num_characters` off the screen."""
 
     num_tokens: int
+    num_characters: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +80,19 @@ class ModeChanged:
     reason: str
 
 
-Event = TokenEvent | Retract | ModeChanged
+@dataclass(frozen=True, slots=True)
+class CloudLost:
+    """The cloud does not answer. What the device shows until `CloudBack` is its guess."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class CloudBack:
+    """The cloud answers again: guesses are being settled."""
+
+
+Event = TokenEvent | Retract | ModeChanged | CloudLost | CloudBack
 
 
 @dataclass(frozen=True, slots=True)
