@@ -168,7 +168,6 @@ class RemoteVerifier:
 
     def submit(self, tokens: Sequence[int], draft_ids: Sequence[int], sampling: SamplingSettings) -> PendingVerify:
         """Send a draft now; `result()` of what is returned waits for the verdict."""
-        self._opened = True
         return PendingVerify(self, list(tokens), list(draft_ids), codec.sampling_to_wire(sampling))
 
     def decode(
@@ -177,45 +176,47 @@ class RemoteVerifier:
         """Stream the target's tokens; a broken stream is resumed where it broke."""
         log = list(tokens)
         end = len(log) + max_new_tokens
-        self._opened = True
-        wire_sampling = codec.sampling_to_wire(sampling)
         retry = self.retry()
         while len(log) < end:
-            request = pb.DecodeRequest(
-                session_id=self._session_id,
-                sampling=wire_sampling,
-                max_new_tokens=end - len(log),
-                stop_token_ids=sorted(stop_token_ids),
-                **self.context(log),
-            )
-            uplink_bytes = request.ByteSize()
-            asked = time.perf_counter()
-            call = self._cloud.stub.Decode(request, timeout=self.attempt_s(), metadata=self._cloud.metadata)
+            stream = self.stream(log, end - len(log), sampling, stop_token_ids)
             try:
-                for reply in call:
-                    came = time.perf_counter()
-                    self._cloud.heard(reply)
-                    log += reply.token_ids
-                    self._server_tokens = list(log)
+                for reply in stream.call:
                     retry.succeeded()
-                    cost = CallCost(
-                        target_passes=reply.target_passes,
-                        queue_ms=reply.queue_ms,
-                        compute_ms=reply.compute_ms,
-                        elapsed_ms=(came - asked) * 1e3,
-                        uplink_bytes=uplink_bytes,
-                        downlink_bytes=reply.ByteSize(),
-                    )
-                    yield Round(list(reply.token_ids), "cloud", "final", cost=cost)
-                    if reply.token_ids and reply.token_ids[-1] in stop_token_ids:
+                    yield stream.take(reply, time.perf_counter())
+                    log = stream.tokens
+                    if log[-1] in stop_token_ids and reply.token_ids:
                         return
-                    asked, uplink_bytes = came, 0
                 if len(log) < end:
                     raise ProtocolError(f"{self._cloud.address} ended a stream {end - len(log)} tokens early")
             except grpc.RpcError as error:
-                self.failed(retry, error)
+                retry.again_or_raise(self.learned(error))
             finally:
-                call.cancel()  # nobody listens any more; harmless after the end
+                stream.call.cancel()  # nobody listens any more; harmless after the end
+
+    def stream(
+        self, tokens: Sequence[int], max_new_tokens: int, sampling: SamplingSettings, stop_token_ids: Collection[int]
+    ) -> TokenStream:
+        """Ask for a stream of the target's tokens, once."""
+        self._opened = True
+        request = pb.DecodeRequest(
+            session_id=self._session_id,
+            sampling=codec.sampling_to_wire(sampling),
+            max_new_tokens=max_new_tokens,
+            stop_token_ids=sorted(stop_token_ids),
+            **self.context(list(tokens)),
+        )
+        call = self._cloud.stub.Decode(request, timeout=self.attempt_s(), metadata=self._cloud.metadata)
+        return TokenStream(self, call, list(tokens), request.ByteSize())
+
+    @property
+    def address(self) -> str:
+        """Of the service."""
+        return self._cloud.address
+
+    @property
+    def load(self) -> ServiceLoad | None:
+        """The service's, as of its latest reply."""
+        return self._cloud.load
 
     def release(self) -> None:
         """Tell the service, without waiting for it."""
@@ -224,9 +225,9 @@ class RemoteVerifier:
                 self._opened = False
                 self._cloud.release(self._session_id)
 
-    def context(self, tokens: list[int]) -> dict[str, Any]:
-        """Context fields of a request: only what the service may lack."""
-        start = common_prefix(self._server_tokens, tokens)
+    def context(self, tokens: list[int], num_assumed: int | None = None) -> dict[str, Any]:
+        """Context fields of a request: only what the service may lack, or what it will lack if it has the first `num_assumed`."""
+        start = common_prefix(self._server_tokens, tokens) if num_assumed is None else num_assumed
         return {
             "context_start": start,
             "context_ids": tokens[start:],
@@ -234,9 +235,13 @@ class RemoteVerifier:
             "pair_hash": self._cloud.pair_hash,
         }
 
-    def verify_request(self, tokens: list[int], draft_ids: list[int], sampling: pb.Sampling) -> pb.VerifyRequest:
-        """A request as of what the service is known to have."""
-        return pb.VerifyRequest(session_id=self._session_id, draft_ids=draft_ids, sampling=sampling, **self.context(tokens))
+    def verify_request(
+        self, tokens: list[int], draft_ids: list[int], sampling: pb.Sampling, num_assumed: int | None = None
+    ) -> pb.VerifyRequest:
+        """A request as of what the service is known to have, or is assumed to have by then."""
+        self._opened = True
+        context = self.context(tokens, num_assumed)
+        return pb.VerifyRequest(session_id=self._session_id, draft_ids=draft_ids, sampling=sampling, **context)
 
     def verify_future(self, request: pb.VerifyRequest) -> Any:
         """Send it."""
@@ -252,17 +257,24 @@ class RemoteVerifier:
         """A fresh budget for one call."""
         return Retry(self._cloud.timeout, self.deadline_s, self._cloud.address)
 
-    def settled(self, tokens: list[int], reply: pb.VerifyReply) -> None:
+    def settled(self, tokens: list[int], reply: pb.VerifyReply | pb.DecodeReply) -> None:
         """The service has these tokens now."""
         self._server_tokens = tokens
         self._cloud.heard(reply)
 
-    def failed(self, retry: Retry, error: grpc.RpcError) -> None:
-        """Learn from a failure and wait before the next attempt, or raise."""
+    def judged(self, tokens: list[int], draft_ids: list[int], reply: pb.VerifyReply, cost: CallCost) -> Verdict:
+        """A reply as a verdict. Raises ProtocolError: it makes no sense."""
+        if reply.num_accepted > len(draft_ids):
+            raise ProtocolError(f"the service accepted {reply.num_accepted} of {len(draft_ids)} draft tokens")
+        self.settled([*tokens, *draft_ids[: reply.num_accepted], reply.next_token_id], reply)
+        return Verdict(reply.num_accepted, reply.next_token_id, cost)
+
+    def learned(self, error: grpc.RpcError, *, conditional: bool = False) -> CloudError:
+        """What a failure says; a refusal also of what the service has, unless it was assumed to have more than it was told."""
         mapped = _map(error, self._cloud.address)
-        if isinstance(mapped, ContextMissingError):
+        if isinstance(mapped, ContextMissingError) and not conditional:
             self._server_tokens = self._server_tokens[: mapped.cached_length]
-        retry.again_or_raise(mapped)
+        return mapped
 
 
 class PendingVerify:
@@ -297,26 +309,46 @@ class PendingVerify:
             try:
                 reply: pb.VerifyReply = self._future.result()
             except grpc.RpcError as error:
-                self._verifier.failed(retry, error)
+                retry.again_or_raise(self._verifier.learned(error))
             except BaseException:
                 self._future.cancel()
                 raise
             else:
                 break
             self._future = self._send()
-        if reply.num_accepted > len(self._draft_ids):
-            raise ProtocolError(f"the service accepted {reply.num_accepted} of {len(self._draft_ids)} draft tokens")
-        accepted = self._draft_ids[: reply.num_accepted]
-        self._verifier.settled([*self._tokens, *accepted, reply.next_token_id], reply)
-        cost = CallCost(
-            target_passes=reply.target_passes,
-            queue_ms=reply.queue_ms,
-            compute_ms=reply.compute_ms,
-            elapsed_ms=(time.perf_counter() - self._started) * 1e3,
-            uplink_bytes=self._uplink_bytes,
-            downlink_bytes=reply.ByteSize(),
-        )
-        return Verdict(reply.num_accepted, reply.next_token_id, cost)
+        cost = cost_of(reply, time.perf_counter() - self._started, self._uplink_bytes)
+        return self._verifier.judged(self._tokens, self._draft_ids, reply, cost)
+
+
+class TokenStream:
+    """A Decode under way: `call` gives replies, `take` reads one of them."""
+
+    def __init__(self, verifier: RemoteVerifier, call: Any, tokens: list[int], uplink_bytes: int) -> None:
+        self.call = call
+        self.tokens = tokens
+        self._verifier = verifier
+        self._asked = time.perf_counter()
+        self._uplink_bytes = uplink_bytes
+
+    def take(self, reply: pb.DecodeReply, came: float) -> Round:
+        """A reply that came at `came` (time.perf_counter)."""
+        self.tokens = [*self.tokens, *reply.token_ids]
+        self._verifier.settled(self.tokens, reply)
+        cost = cost_of(reply, came - self._asked, self._uplink_bytes)
+        self._asked, self._uplink_bytes = came, 0
+        return Round(list(reply.token_ids), "cloud", "final", cost=cost)
+
+
+def cost_of(reply: pb.VerifyReply | pb.DecodeReply, elapsed_s: float, uplink_bytes: int) -> CallCost:
+    """What a call took, as both sides saw it."""
+    return CallCost(
+        target_passes=reply.target_passes,
+        queue_ms=reply.queue_ms,
+        compute_ms=reply.compute_ms,
+        elapsed_ms=elapsed_s * 1e3,
+        uplink_bytes=uplink_bytes,
+        downlink_bytes=reply.ByteSize(),
+    )
 
 
 def _map(error: grpc.RpcError, address: str) -> CloudError:

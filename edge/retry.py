@@ -89,4 +89,4 @@ class Retry:
             raise CloudUnavailableError(words) from error
         if self._deadline_s is not None:
             pause_s = min(pause_s, max(0.0, self._deadline_s - now_s))
-        return pause_s
+        return float(pause_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -100,6 +101,12 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._decoder = DecodeStream(skip_special_tokens=True)
+
+    def copy(self) -> TextStream:
+        """Another one that goes on from here."""
+        other = TextStream(self._tokenizer)
+        other._decoder = copy.copy(self._decoder)
+        return other
 
     def push(self, token_id: int) -> str:
         """Text that this id completes; may be empty."""

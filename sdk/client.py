@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 from edgecloud.bundle import Bundle
+from edgecloud.edge.collaborate import collaborate
+from edgecloud.edge.controller import Controller
+from edgecloud.edge.estimates import Estimates
 from edgecloud.edge.local import decode_locally
+from edgecloud.edge.patience import EstimatedPatience
+from edgecloud.edge.pilot import Pilot, Step
+from edgecloud.edge.plan import Fixed, Plan, Planner
 from edgecloud.edge.remote import TLS, Cloud, RemoteVerifier
-from edgecloud.edge.retry import Timeout
-from edgecloud.edge.speculative import speculate
+from edgecloud.edge.retry import Retry, Timeout
 from edgecloud.errors import (
-    CloudOverloadedError,
-    CloudUnavailableError,
     ConfigError,
     DeadlineExceededError,
     EdgecloudError,
@@ -29,7 +32,7 @@ from edgecloud.protocols import Drafter
 from edgecloud.rpc.codec import pair_hash
 from edgecloud.session import Session
 from edgecloud.turn import Turn
-from edgecloud.types import Event, ModeChanged, Reply, Round, Service
+from edgecloud.types import Event, Guess, ModeChanged, Reply, Round, Service
 
 if TYPE_CHECKING:
     from edgecloud.edge.tokenizer import ChatTokenizer
@@ -81,6 +84,7 @@ class Client:
         self._drafter: Drafter | None = None
         self._cloud: Cloud | None = None
         self._service: Service | None = None
+        self._estimates = Estimates.unknown()
         self._loading = threading.RLock()
         self._turn = Turn()
         self._closed = False
@@ -202,64 +206,93 @@ class Client:
                 raise ConfigError("this client is closed; make another")
             with nullcontext() if options.mode == "cloud" else self._turn:
                 try:
-                    with closing(self._rounds(tokens, generation, options, verifier, end_s)) as rounds:
-                        for step in rounds:
-                            if isinstance(step, ModeChanged):
+                    with closing(self._steps(tokens, options, verifier, end_s)) as steps:
+                        for step in steps:
+                            if isinstance(step, Round):
+                                yield from generation.add(step)
+                            elif isinstance(step, Guess):
+                                yield from generation.guess(step.token_ids) if options.shows_guesses else []
+                            elif isinstance(step, ModeChanged):
                                 yield generation.announce(step)
-                                continue
-                            yield from generation.add(step)
+                            else:
+                                yield step
                             if generation.finish_reason is not None:
                                 break
                 except EdgecloudError as error:
                     error.reply = generation.reply()
+                    yield from generation.withdraw()
                     raise
                 if on_finish is not None:
                     on_finish(generation.reply())
 
         return GenerationStream(generation, events())
 
-    def _rounds(
-        self,
-        tokens: list[int],
-        generation: Generation,
-        options: GenerationOptions,
-        verifier: RemoteVerifier | None,
-        end_s: float | None,
-    ) -> Generator[Round | ModeChanged]:
-        """Run the mode asked for; `auto` speculates while the cloud answers and goes on alone, unverified, when it does not."""
-        if options.mode == "edge" or (options.mode == "auto" and not self._reachable()):
+    def _steps(
+        self, tokens: list[int], options: GenerationOptions, verifier: RemoteVerifier | None, end_s: float | None
+    ) -> Generator[Step]:
+        """Run the mode asked for."""
+        if options.mode == "edge" or self._cloud_address is None:
             yield from self._local_rounds(tokens, options, options.max_new_tokens, end_s)
             return
-        service = self.describe()
-        check_fits(len(tokens), options.max_new_tokens, service.max_context_tokens, f"window of {self._cloud_address}")
+        if options.mode != "auto":
+            self._check_window(tokens, options)
         remote = verifier or RemoteVerifier(self._connection())
         remote.deadline_s = end_s
+        stop_token_ids = self.bundle.tokenizer.eos_token_ids
         try:
-            yield from self._remote_rounds(tokens, remote, options, min(options.num_draft_tokens, service.max_draft_tokens))
+            if options.mode == "cloud":
+                yield from remote.decode(tokens, options.max_new_tokens, options.sampling, stop_token_ids)
+            else:
+                pilot, meet = self._pilot(tokens, options, end_s)
+                drafter = self._device()
+                yield from collaborate(pilot, drafter, remote, options.sampling, stop_token_ids, self._estimates, meet)
         except ModelMismatchError:  # another model was started at that address since the handshake
             self._service = None
             self.describe()  # names both fingerprints
             raise
-        except (CloudUnavailableError, CloudOverloadedError) as error:
-            if options.mode != "auto":
-                raise
-            yield ModeChanged("edge", str(error))
-        else:
-            return
         finally:
             if verifier is None:
                 remote.release()
-        done = generation.token_ids
-        yield from self._local_rounds(tokens + done, options, options.max_new_tokens - len(done), end_s)
 
-    def _remote_rounds(
-        self, tokens: list[int], verifier: RemoteVerifier, options: GenerationOptions, num_draft_tokens: int
-    ) -> Iterator[Round]:
-        max_new_tokens, sampling = options.max_new_tokens, options.sampling
-        stop_token_ids = self.bundle.tokenizer.eos_token_ids
-        if options.mode == "cloud":
-            return verifier.decode(tokens, max_new_tokens, sampling, stop_token_ids)
-        return speculate(tokens, self._device(), verifier, sampling, num_draft_tokens, max_new_tokens, stop_token_ids)
+    def _pilot(self, tokens: list[int], options: GenerationOptions, end_s: float | None) -> tuple[Pilot, Callable[[], int]]:
+        """Who decides in a generation that both machines work on, and how the handshake is made."""
+        service, estimates = self._service, self._estimates
+        planner: Planner
+        if options.mode == "auto":
+            planner = Controller(estimates, options.objective)
+        else:
+            planner = Fixed(Plan("speculative", options.num_draft_tokens))
+
+        def meet() -> int:
+            met = self._check_window(tokens, options, wait=False)
+            if isinstance(planner, Controller):
+                planner.max_draft_tokens = met.max_draft_tokens
+            return met.max_draft_tokens
+
+        if service is not None:
+            meet()
+        load = self._connection().load
+        if load is not None:
+            estimates.cloud.tell(load)
+        pilot = Pilot(
+            tokens,
+            planner,
+            Retry(self._timeout, end_s, self._cloud_address or ""),
+            EstimatedPatience(estimates, time.monotonic()),
+            estimates.acceptance,
+            max_new_tokens=options.max_new_tokens,
+            stop_token_ids=self.bundle.tokenizer.eos_token_ids,
+            on_loss=options.on_cloud_loss if options.mode == "auto" else "wait",
+            max_provisional_tokens=options.max_provisional_tokens,
+            met=None if service is None else service.max_draft_tokens,
+        )
+        return pilot, meet
+
+    def _check_window(self, tokens: list[int], options: GenerationOptions, *, wait: bool = True) -> Service:
+        """Whether prompt and answer fit the service."""
+        service = self.describe(wait=wait)
+        check_fits(len(tokens), options.max_new_tokens, service.max_context_tokens, f"window of {self._cloud_address}")
+        return service
 
     def _local_rounds(
         self, tokens: list[int], options: GenerationOptions, max_new_tokens: int, end_s: float | None
@@ -269,15 +302,6 @@ class Client:
             if end_s is not None and time.monotonic() > end_s:
                 raise DeadlineExceededError("the time allowed for this generation has passed; allow more or ask for less")
             yield round_
-
-    def _reachable(self) -> bool:
-        if self._cloud_address is None:
-            return False
-        try:
-            self.describe(wait=False)
-        except (CloudUnavailableError, CloudOverloadedError):
-            return False
-        return True
 
     def _window(self) -> int:
         bundle = self.bundle

@@ -48,7 +48,9 @@ def overlapped(
     Args:
         survival: S_1, S_2, ... ; further ones go on at the last rate.
         num_draft_tokens: K, from 0.
-        draft_ms, rtt_ms, verify_ms: a drafted token, the round trip, a pass over K + 1 positions with its queue.
+        draft_ms: a drafted token.
+        rtt_ms: the round trip.
+        verify_ms: a pass over K + 1 positions, with its queue.
         max_in_flight: drafts on their way at a time.
     """
     length = num_draft_tokens + 1

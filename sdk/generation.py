@@ -12,7 +12,21 @@ from collections import Counter
 from collections.abc import Collection, Generator, Sequence
 
 from edgecloud.edge.tokenizer import TextStream
-from edgecloud.types import Event, FinishReason, Metrics, Mode, ModeChanged, ModeSpan, Reply, Round, TokenEvent, Usage
+from edgecloud.tokens import common_prefix
+from edgecloud.types import (
+    Event,
+    FinishReason,
+    Metrics,
+    Mode,
+    ModeChanged,
+    ModeSpan,
+    Reply,
+    Retract,
+    Round,
+    TokenEvent,
+    TokenStatus,
+    Usage,
+)
 
 
 class Generation:
@@ -34,6 +48,9 @@ class Generation:
         self._stop_strings = tuple(stop_strings)
         self._held = ""  # text that may be the beginning of a stop string
         self._shown: list[str] = []
+        self._guessed: list[int] = []  # provisional tokens on the screen, behind the final ones
+        self._preview: _Preview | None = None  # of their text; None: to be made anew
+        self._ahead = ""  # what is on the screen beyond `_shown`
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self._token_times_s: list[float] = []
@@ -41,12 +58,40 @@ class Generation:
         self._timeline: list[ModeSpan] = []
         self._num_unverified = 0
         self._announced: Mode | None = None
+        self._first_shown_s: float | None = None
+        self._num_retracted = 0
+
+    def withdraw(self) -> list[Event]:
+        """Take back what nobody will confirm any more.  -> what to tell the caller"""
+        if not self._guessed:
+            return []
+        retract = Retract(len(self._guessed), len(self._ahead))
+        self._num_retracted += retract.num_tokens
+        self._guessed, self._ahead, self._preview = [], "", None
+        return [retract]
+
+    def guess(self, token_ids: Sequence[int]) -> list[Event]:
+        """Show provisional tokens.  -> what to tell the caller"""
+        if self._preview is None:
+            self._preview = _Preview(self._text_stream, self._held, self._stop_strings)
+            for token in self._guessed:
+                self._preview.push(token)
+        before = len(self._preview.safe)
+        for token in token_ids:
+            self._preview.push(token)
+        self._guessed += token_ids
+        text = self._preview.safe[before:]
+        self._ahead += text
+        self._first_shown_s = self._first_shown_s or time.perf_counter()
+        return [TokenEvent(text, list(token_ids), "provisional")]
 
     def add(self, round_: Round) -> list[Event]:
         """Take in a round.  -> what to tell the caller"""
         events: list[Event] = []
         span = ModeSpan(len(self.token_ids), round_.mode, round_.num_draft_tokens)
-        if not self._timeline or self._timeline[-1].mode != round_.mode:
+        if not round_.token_ids:
+            pass
+        elif not self._timeline or self._timeline[-1].mode != round_.mode:
             if self._timeline and self._announced != round_.mode:
                 events.append(ModeChanged(round_.mode, f"was {self._timeline[-1].mode}"))
             self._announced = None
@@ -68,7 +113,31 @@ class Generation:
         if self.finish_reason is not None:
             text += self._flush()
         self._shown.append(text)
-        events.append(TokenEvent(text, taken, round_.status))
+        if taken:
+            self._first_shown_s = self._first_shown_s or now_s
+        return events + self._told(text, taken, round_.status)
+
+    def _told(self, text: str, taken: list[int], status: TokenStatus) -> list[Event]:
+        """Events for a round, given what is on the screen already."""
+        same = common_prefix(taken, self._guessed)
+        stays = self._guessed[same:] if same == len(taken) and self.finish_reason is None else []
+        num_retracted = len(self._guessed) - same - len(stays)
+        self._num_retracted += num_retracted
+        self._guessed = stays
+        if status == "provisional":  # kept as they are: what was announced is not announced again
+            taken = taken[same:]
+        if not stays or num_retracted:
+            self._preview = None
+        if self._ahead.startswith(text) and stays:
+            self._ahead = self._ahead[len(text) :]
+            return [TokenEvent("", taken, status)] if taken else []
+        kept = common_prefix(self._ahead, text)
+        events: list[Event] = []
+        if num_retracted or kept < len(self._ahead):
+            events.append(Retract(num_retracted, len(self._ahead) - kept))
+        self._ahead = ""
+        if taken or text[kept:]:
+            events.append(TokenEvent(text[kept:], taken, status))
         return events
 
     def announce(self, change: ModeChanged) -> ModeChanged:
@@ -137,7 +206,31 @@ class Generation:
             uplink_bytes=sum(c.uplink_bytes for c in costs),
             downlink_bytes=sum(c.downlink_bytes for c in costs),
             num_unverified_tokens=self._num_unverified,
+            first_visible_ms=(self._first_shown_s - self._started_s) * 1e3 if self._first_shown_s else 0.0,
+            num_retracted_tokens=self._num_retracted,
         )
+
+
+class _Preview:
+    """Text of guesses, as it will be if they come true."""
+
+    def __init__(self, final: TextStream, held: str, stop_strings: Sequence[str]) -> None:
+        self._stream = final.copy()
+        self._stop_strings = stop_strings
+        self._text = held  # beyond what the final tokens show
+        self.safe = ""  # of it, what cannot belong to a stop string
+        self._ended = False
+
+    def push(self, token: int) -> None:
+        """A further guess."""
+        if self._ended:
+            return
+        self._text += self._stream.push(token)
+        end = min((at for stop in self._stop_strings if (at := self._text.find(stop)) >= 0), default=-1)
+        if end >= 0:
+            self._ended, self.safe = True, self._text[:end]
+            return
+        self.safe = self._text[: len(self._text) - longest_stop_prefix(self._text, self._stop_strings)]
 
 
 def longest_stop_prefix(text: str, stop_strings: Sequence[str]) -> int:

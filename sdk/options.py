@@ -8,9 +8,11 @@ from typing import Any, TypedDict, get_args
 
 from edgecloud.errors import ConfigError, ContextLengthError
 from edgecloud.sampling import SamplingSettings
-from edgecloud.types import ModeChoice
+from edgecloud.types import LossPolicy, ModeChoice, Objective
 
 MODES = get_args(ModeChoice)
+OBJECTIVES = get_args(Objective)
+LOSS_POLICIES = get_args(LossPolicy)
 Prompt = str | Sequence[Mapping[str, str]]  # text, or chat messages with `role` and `content`
 
 
@@ -22,6 +24,10 @@ class GenerationKeywords(TypedDict, total=False):
     num_draft_tokens: int | None  # tokens drafted a round; None: the client's
     stop_strings: Sequence[str]  # the text ends before the first of these
     deadline_s: float | None  # seconds the whole generation may take; None: no limit
+    provisional: bool  # True: mode "auto" shows the device's guesses at once; False: only what is final
+    objective: Objective  # "latency", of mode "auto"
+    on_cloud_loss: LossPolicy  # "continue", of mode "auto"
+    max_provisional_tokens: int  # 256: guesses at a time while the cloud is silent
     temperature: float  # 0.0: greedy
     top_k: int  # 0: off
     top_p: float  # 1.0: off
@@ -38,6 +44,10 @@ class GenerationOptions:
     num_draft_tokens: int = 4
     stop_strings: Sequence[str] = ()
     deadline_s: float | None = None
+    provisional: bool = True
+    objective: Objective = "latency"
+    on_cloud_loss: LossPolicy = "continue"
+    max_provisional_tokens: int = 256
     sampling: SamplingSettings = SamplingSettings()  # noqa: RUF009  # frozen
 
     def __post_init__(self) -> None:
@@ -46,11 +56,22 @@ class GenerationOptions:
             raise ConfigError(f"mode is {self.mode!r}; it takes {', '.join(MODES)}")
         check_whole("max_new_tokens", self.max_new_tokens, 1)
         check_whole("num_draft_tokens", self.num_draft_tokens, 1, 64)
+        check_whole("max_provisional_tokens", self.max_provisional_tokens, 1)
+        for name, choices in (("objective", OBJECTIVES), ("on_cloud_loss", LOSS_POLICIES)):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it takes {', '.join(choices)}")
+        if not isinstance(self.provisional, bool):
+            raise ConfigError(f"provisional is {self.provisional!r}; it takes True or False")
         stops = self.stop_strings
         if not isinstance(stops, Sequence) or isinstance(stops, str) or not all(isinstance(s, str) and s for s in stops):
             raise ConfigError(f"stop_strings is {stops!r}; it takes a list of non-empty strings")
         if self.deadline_s is not None and not (isinstance(self.deadline_s, int | float) and self.deadline_s > 0):
             raise ConfigError(f"deadline_s is {self.deadline_s!r}; it takes seconds above 0")
+
+    @property
+    def shows_guesses(self) -> bool:
+        """Whether provisional tokens are events."""
+        return self.mode == "auto" and self.provisional
 
     @classmethod
     def from_keywords(cls, keywords: GenerationKeywords, num_draft_tokens: int) -> GenerationOptions:

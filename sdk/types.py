@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 Mode = Literal["edge", "cloud", "speculative"]  # how a token came about
 ModeChoice = Literal["auto", "edge", "cloud", "speculative"]  # what a caller may ask for
+Objective = Literal["latency", "cost", "balanced", "offline-first"]  # what mode "auto" makes little of
+LossPolicy = Literal["continue", "wait", "fail"]  # what mode "auto" does when the cloud is silent
 TokenStatus = Literal["provisional", "final"]
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -133,6 +135,8 @@ class Metrics:
     uplink_bytes: int
     downlink_bytes: int
     num_unverified_tokens: int
+    first_visible_ms: float  # until the first token was shown, provisional or final
+    num_retracted_tokens: int  # shown as provisional, and taken back
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from pairs import Gate, Pair, Server, copy_of, edit_manifest, free_port, once_reachable, serving, until
+from screen import Screen
 from tiny import make_tiny_llama
 
 from edgecloud.aio import AsyncClient, AsyncSession
@@ -32,7 +33,7 @@ from edgecloud.errors import (
 from edgecloud.fingerprint import model_fingerprint
 from edgecloud.sampling import SamplingSettings
 from edgecloud.session import Session
-from edgecloud.types import Event, ModeChanged, Retract, TokenEvent
+from edgecloud.types import CloudLost, Event, ModeChanged, Retract, TokenEvent
 
 pytest_plugins = ["pairs"]
 
@@ -53,7 +54,7 @@ def alone(tiny_pair: Pair) -> Iterator[Client]:
 
 
 def text_of(events: list[Event]) -> str:
-    return "".join(event.text for event in events if isinstance(event, TokenEvent))
+    return Screen(events).text
 
 
 # What the constructor does, and what it does not
@@ -249,13 +250,16 @@ def test_a_stream_tells_what_the_reply_holds(client: Client, mode: str) -> None:
     stream = client.stream(PROMPT, mode=mode, max_new_tokens=30, temperature=1.0, seed=2)
     events = list(stream)
     reply = stream.reply
-    assert text_of(events) == reply.text
-    assert [token for event in events if isinstance(event, TokenEvent) for token in event.token_ids] == reply.token_ids
-    status = "provisional" if mode == "edge" else "final"
-    assert {event.status for event in events if isinstance(event, TokenEvent)} == {status}
-    assert not [event for event in events if isinstance(event, ModeChanged | Retract)]
+    screen = Screen(events)
+    assert screen.text == reply.text
+    assert (screen.provisional if mode == "edge" else screen.final) == screen.token_ids == reply.token_ids
+    assert screen.num_retracted == reply.metrics.num_retracted_tokens
+    statuses = {event.status for event in events if isinstance(event, TokenEvent)}
+    assert statuses == {"edge": {"provisional"}, "auto": {"provisional", "final"}}.get(mode, {"final"})
+    if mode != "auto":
+        assert not [event for event in events if isinstance(event, ModeChanged | Retract)]
     assert reply.token_ids == client.generate(PROMPT, mode=mode, max_new_tokens=30, temperature=1.0, seed=2).token_ids
-    assert reply.mode_timeline[0].mode == ("speculative" if mode == "auto" else mode)
+    assert mode == "auto" or reply.mode_timeline[0].mode == mode
     assert (reply.metrics.rtt_ms is None) == (mode == "edge")
 
 
@@ -276,9 +280,9 @@ def test_auto_without_a_reachable_cloud_answers_alone(tiny_pair: Pair) -> None:
             assert session.generate("hi", max_new_tokens=3).metrics.num_unverified_tokens == 3
 
 
-def test_auto_speculates_with_a_cloud(client: Client, tiny_pair: Pair) -> None:
+def test_auto_works_with_the_cloud(client: Client, tiny_pair: Pair) -> None:
     reply = client.generate(PROMPT, max_new_tokens=12)
-    assert {span.mode for span in reply.mode_timeline} == {"speculative"}
+    assert {span.mode for span in reply.mode_timeline} <= {"cloud", "speculative"}
     assert reply.metrics.num_unverified_tokens == 0
     tokens = client.tokenizer.encode_chat([{"role": "user", "content": PROMPT}])
     assert tiny_pair.plain.decode(tokens, 12, stop_token_ids={2}).agrees_with(reply.token_ids)
@@ -395,21 +399,49 @@ def test_auto_goes_on_alone_when_the_cloud_is_lost(tiny_pair: Pair, gate: Gate) 
         assert changes[0].mode == "edge"
         assert gate.address in changes[0].reason
         at = events.index(changes[0])
-        before = [token for event in events[:at] if isinstance(event, TokenEvent) for token in event.token_ids]
-        assert {event.status for event in events[:at] if isinstance(event, TokenEvent)} == {"final"}
-        assert {event.status for event in events[at:] if isinstance(event, TokenEvent)} == {"provisional"}
-        assert before == whole.token_ids[: len(before)] == reply.token_ids[: len(before)]
+        before, screen = Screen(events[:at]), Screen(events)
+        assert before.lost
+        assert before.final == screen.final == whole.token_ids[: len(before.final)]
+        assert screen.token_ids == reply.token_ids
         assert len(reply.token_ids) == 100 or reply.finish_reason == "stop"
-        assert reply.metrics.num_unverified_tokens == len(reply.token_ids) - len(before) > 0
+        assert reply.metrics.num_unverified_tokens == len(screen.provisional) > 0
         assert [span.mode for span in reply.mode_timeline][-1] == "edge"
-        assert next(span.token for span in reply.mode_timeline if span.mode == "edge") == len(before)
-        assert text_of(events) == reply.text
+        assert next(span.token for span in reply.mode_timeline if span.mode == "edge") == len(before.final)
+        assert screen.text == reply.text
         gate.open()
         for _ in range(20):  # an impatient client may find the connection still down
             again = client.generate(PROMPT, max_new_tokens=100, repetition_penalty=1.2)
             if again.metrics.num_unverified_tokens == 0:
                 break
         assert again.token_ids == whole.token_ids  # it comes back to the cloud by itself
+
+
+@pytest.mark.parametrize("mode", ["auto", "speculative"])
+def test_a_cloud_that_comes_back_settles_what_was_guessed(tiny_pair: Pair, gate: Gate, mode: str) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 100, "repetition_penalty": 1.2, "mode": mode}
+    with Client(tiny_pair.bundle, gate.address, num_threads=1) as client:
+        whole = client.generate(PROMPT, **options)
+        events: list[Event] = []
+        screen, is_shut = Screen(), False
+        for event in client.stream(PROMPT, **options):
+            events.append(event)
+            screen.show(event)
+            if len(events) == 9:
+                gate.shut()
+                is_shut = True
+            if is_shut and screen.lost and (len(screen.provisional) >= 20 or mode == "speculative"):
+                gate.open()
+                is_shut = False
+        assert isinstance(events[-1], TokenEvent)
+        assert not screen.lost
+        assert [type(event) for event in events].count(CloudLost) == 1
+        assert (screen.final, screen.provisional, screen.text) == (whole.token_ids, [], whole.text)
+
+
+def test_guesses_are_not_shown_to_who_does_not_want_them(client: Client) -> None:
+    events = list(client.stream(PROMPT, max_new_tokens=30, temperature=1.0, seed=2, provisional=False))
+    assert {event.status for event in events if isinstance(event, TokenEvent)} == {"final"}
+    assert not [event for event in events if isinstance(event, Retract)]
 
 
 @pytest.mark.parametrize("mode", ["edge", "cloud", "speculative"])

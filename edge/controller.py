@@ -1,0 +1,108 @@
+"""The controller: at every round it picks the mode and the draft length that its estimates promise most of.
+
+A pure function of what was observed and of what it chose last, so that it runs in virtual time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgecloud.cost import Price, overlapped
+from edgecloud.edge.estimates import Estimates
+from edgecloud.edge.plan import MAX_IN_FLIGHT, Plan
+from edgecloud.types import Objective
+
+DRAFT_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)
+LATER = 0.93  # of the present plan's promise: what another mode must promise to be switched to
+OTHER_LENGTH = 0.98  # the same for another draft length
+DWELL_S = 0.5  # a mode is kept for at least so long
+AGED_S = 10.0  # a round trip seen longer ago may have become shorter
+USUAL_RTT_MS, USUAL_STEP_MS = 50.0, 20.0  # before anything was seen
+COST_SLOWDOWN = 1.5  # objective `cost`: at most this much slower than a stream
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """A plan and what it promises."""
+
+    plan: Plan
+    price: Price
+
+
+class Controller:
+    """Implements `plan.Planner` over estimates that others feed.
+
+    Args:
+        estimates: of the service that is asked.
+        objective: `latency`: time per token. `cost`: passes of the target per token, at up to 1.5 times the time of a stream.
+            `balanced`: the product of both. `offline-first`: as few calls as the draft length allows.
+        max_draft_tokens: the service's limit.
+    """
+
+    def __init__(self, estimates: Estimates, objective: Objective = "latency", max_draft_tokens: int = DRAFT_LENGTHS[-1]) -> None:
+        self._estimates = estimates
+        self._objective = objective
+        self.max_draft_tokens = max_draft_tokens
+        self._chosen: Plan | None = None
+        self._planned_for = -1
+        self._mode_since_s = 0.0
+
+    def plan(self, now_s: float, context_tokens: int) -> Plan:
+        """The plan; thought over once for every length of the context."""
+        if self._chosen is None or context_tokens != self._planned_for:
+            self._planned_for = context_tokens
+            chosen = self._choose(self.arms(now_s, context_tokens), now_s)
+            if self._chosen is None or chosen.mode != self._chosen.mode:
+                self._mode_since_s = now_s
+            self._chosen = chosen
+        return self._chosen
+
+    def arms(self, now_s: float, context_tokens: int) -> list[Arm]:
+        """Every plan that may be chosen; the stream is the first."""
+        known = self._estimates
+        step_ms = known.device.step_ms or USUAL_STEP_MS
+        rtt_ms = self._rtt_ms(now_s)
+        lengths = [k for k in DRAFT_LENGTHS if k <= self.max_draft_tokens]
+        survival = known.acceptance.survival(lengths[-1])
+        arms = [Arm(Plan("cloud", 0), Price(known.cloud.stream_ms(context_tokens), 1.0))]
+        for length in lengths:
+            verify_ms = known.cloud.verify_ms(length + 1, context_tokens)
+            price = overlapped(survival, length, step_ms, rtt_ms, verify_ms, MAX_IN_FLIGHT)
+            arms.append(Arm(Plan("speculative", length), price))
+        return arms
+
+    def _rtt_ms(self, now_s: float) -> float:
+        link = self._estimates.link
+        if link.rtt_ms is None or link.least_rtt_ms is None:
+            return USUAL_RTT_MS
+        return link.least_rtt_ms if now_s - link.observed_s > AGED_S else link.rtt_ms
+
+    def _choose(self, arms: list[Arm], now_s: float) -> Plan:
+        if not self._estimates.cloud.known or self._estimates.acceptance.alarm:
+            return arms[0].plan
+        if self._objective == "offline-first":
+            return arms[-1].plan
+        stream = arms[0]
+        allowed = [
+            a for a in arms if self._objective != "cost" or a.price.ms_per_token <= COST_SLOWDOWN * stream.price.ms_per_token
+        ]
+        best = min(allowed, key=self._loss)
+        present = next((arm for arm in allowed if arm.plan == self._chosen), None)
+        if present is None or best is present:
+            return best.plan
+        if best.plan.mode != present.plan.mode:
+            switch = now_s - self._mode_since_s >= DWELL_S and self._loss(best) < LATER * self._loss(present)
+            same_mode = [arm for arm in allowed if arm.plan.mode == present.plan.mode]
+            best = best if switch else min(same_mode, key=self._loss)
+        if best.plan.mode == present.plan.mode and self._loss(best) > OTHER_LENGTH * self._loss(present):
+            return present.plan
+        return best.plan
+
+    def _loss(self, arm: Arm) -> float:
+        match self._objective:
+            case "cost":
+                return arm.price.passes_per_token
+            case "balanced":
+                return arm.price.ms_per_token * arm.price.passes_per_token
+            case _:
+                return arm.price.ms_per_token

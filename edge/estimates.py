@@ -1,0 +1,233 @@
+"""What the device knows of itself, of the link and of the cloud, from traffic that flows anyway. Times in ms, clocks in s.
+
+Everything is a function of what was observed and when, so it runs in virtual time as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+
+from edgecloud.types import CallCost, ServiceLoad
+
+WINDOW_S = 30.0  # of the least round trip
+IDLE_S = 1.0  # a radio that was silent for longer answers its first packet late
+FIRST_PACKET_MS = 1500.0  # by how much, at worst: LTE and 5G after 11 s, 9 in 10
+SMOOTHING, DEVIATION_SMOOTHING = 1 / 8, 1 / 4  # RFC 6298
+MAX_POSITION = 16  # draft positions told apart
+PRIOR_ACCEPTANCE, PRIOR_WEIGHT = 0.6, 4.0  # as of so many tokens
+POOLED_WEIGHT = 8.0  # a position's own count against that of all positions
+MEMORY_TOKENS = 200.0  # after so many tokens an observation counts 1/e
+SMALL_BYTES = 2048  # a request that takes no time on the line worth knowing
+ALARM_TOKENS, ALARM_SHARE = (
+    64,
+    0.25,
+)  # of its usual acceptance, for so long: a stale draft
+
+
+class Smoothed:
+    """A smoothed mean and mean deviation."""
+
+    def __init__(self) -> None:
+        self.mean: float | None = None
+        self.deviation = 0.0
+
+    def add(self, value: float) -> None:
+        """Take in an observation."""
+        if self.mean is None:
+            self.mean, self.deviation = value, value / 4
+            return
+        self.deviation += DEVIATION_SMOOTHING * (abs(value - self.mean) - self.deviation)
+        self.mean += SMOOTHING * (value - self.mean)
+
+
+class LinkEstimate:
+    """Round trip and rates of the link, without the cloud's own time."""
+
+    def __init__(self) -> None:
+        self._recent: deque[tuple[float, float]] = deque()  # (time, round trip), later and larger: the first is the window's least
+        self._smoothed = Smoothed()
+        self._uplink_ms_per_byte = Smoothed()
+        self._heard_s = -math.inf
+        self.observed_s = -math.inf  # when a round trip was seen
+
+    def sent_to_idle(self, now_s: float) -> bool:
+        """Whether a request that leaves now wakes a radio."""
+        return now_s - self._heard_s > IDLE_S
+
+    def heard(self, now_s: float) -> None:
+        """A packet came."""
+        self._heard_s = now_s
+
+    def add(self, round_trip_ms: float, uplink_bytes: int, now_s: float, *, was_idle: bool) -> None:
+        """A request and its answer. What was sent over an idle link says nothing, what was long says what a byte costs."""
+        self.heard(now_s)
+        value = max(0.0, round_trip_ms)
+        if was_idle and self._smoothed.mean is not None:
+            return
+        if uplink_bytes > SMALL_BYTES and self._smoothed.mean is not None:
+            self._uplink_ms_per_byte.add(max(0.0, value - self._smoothed.mean) / uplink_bytes)
+            return
+        self.observed_s = now_s
+        self._smoothed.add(value)
+        while self._recent and (self._recent[-1][1] >= value or self._recent[0][0] < now_s - WINDOW_S):
+            self._recent.pop() if self._recent[-1][1] >= value else self._recent.popleft()
+        self._recent.append((now_s, value))
+
+    def forget(self) -> None:
+        """Another network: nothing is known."""
+        heard_s = self._heard_s
+        self.__init__()  # type: ignore[misc]
+        self._heard_s = heard_s
+
+    @property
+    def rtt_ms(self) -> float | None:
+        """Smoothed round trip of a small request."""
+        return self._smoothed.mean
+
+    @property
+    def least_rtt_ms(self) -> float | None:
+        """The least of the latest half minute."""
+        return self._recent[0][1] if self._recent else None
+
+    @property
+    def deviation_ms(self) -> float:
+        """Mean deviation of the round trip."""
+        return self._smoothed.deviation
+
+    @property
+    def uplink_ms_per_byte(self) -> float:
+        """What a further byte of a request costs; 0: not seen yet."""
+        return self._uplink_ms_per_byte.mean or 0.0
+
+
+class CloudEstimate:
+    """Time that a request spends in the service: its fit of a pass, corrected by what requests really took."""
+
+    def __init__(self) -> None:
+        self._load: ServiceLoad | None = None
+        self._excess = Smoothed()  # observed minus fitted, ms: queue, and the company in a pass
+        self._streamed = Smoothed()  # between two tokens of a stream
+        self._passes: dict[int, Smoothed] = {}  # by number of rows: the time of a pass is a staircase, no line
+
+    @property
+    def known(self) -> bool:
+        """Whether a pass can be predicted."""
+        return bool(self._passes) or (self._load is not None and self._load.pass_base_ms > 0)
+
+    def tell(self, load: ServiceLoad) -> None:
+        """A reply brought the service's own fit."""
+        self._load = load
+
+    def verified(self, num_rows: int, cost: CallCost) -> None:
+        """A verdict took this long in the service."""
+        self._passes.setdefault(min(num_rows, MAX_POSITION + 1), Smoothed()).add(cost.queue_ms + cost.compute_ms)
+
+    def streamed(self, interval_ms: float) -> None:
+        """Two tokens of a stream came this far apart."""
+        self._streamed.add(interval_ms)
+
+    def fitted_ms(self, num_rows: int, context_tokens: int) -> float:
+        """The service's own fit; 0: it has none."""
+        load = self._load
+        if load is None:
+            return 0.0
+        return load.pass_base_ms + load.pass_per_token_ms * num_rows + load.pass_per_context_token_ms * context_tokens
+
+    def verify_ms(self, num_rows: int, context_tokens: int) -> float:
+        """Queue and pass of a verification of so many rows: as seen, else from the nearest seen and the fit's difference."""
+        seen = self._passes.get(min(num_rows, MAX_POSITION + 1))
+        if seen is not None and seen.mean is not None:
+            return seen.mean
+        fitted = self.fitted_ms(num_rows, context_tokens)
+        if not self._passes:
+            return fitted
+        nearest = min(self._passes, key=lambda rows: abs(rows - num_rows))
+        mean = self._passes[nearest].mean or 0.0
+        return max(mean / 2, mean + fitted - self.fitted_ms(nearest, context_tokens))
+
+    def stream_ms(self, context_tokens: int) -> float:
+        """Between two tokens of a stream."""
+        if self._streamed.mean is not None:
+            return self._streamed.mean
+        return self.verify_ms(1, context_tokens)
+
+    @property
+    def stream_deviation_ms(self) -> float:
+        """Mean deviation between two tokens of a stream."""
+        return self._streamed.deviation
+
+
+class DeviceEstimate:
+    """Times of the device's own model."""
+
+    def __init__(self) -> None:
+        self._step = Smoothed()
+
+    def drafted(self, elapsed_ms: float) -> None:
+        """A single step took this long."""
+        self._step.add(elapsed_ms)
+
+    @property
+    def step_ms(self) -> float | None:
+        """One drafted token; None: not seen yet."""
+        return self._step.mean
+
+
+class AcceptanceEstimate:
+    """How probable it is that the first i tokens of a draft are all accepted, with forgetting."""
+
+    def __init__(self) -> None:
+        self._right = [0.0] * MAX_POSITION
+        self._tried = [0.0] * MAX_POSITION
+        self._usual = Smoothed()
+        self._num_low = 0
+
+    def add(self, position: int, accepted: bool) -> None:
+        """The token at `position` of a draft (0: the first), all before it accepted, was accepted or not."""
+        keep = math.exp(-1 / MEMORY_TOKENS)
+        self._right = [count * keep for count in self._right]
+        self._tried = [count * keep for count in self._tried]
+        at = min(position, MAX_POSITION - 1)
+        self._tried[at] += 1
+        self._right[at] += accepted
+        rate = self.rate
+        self._num_low = self._num_low + 1 if self._usual.mean is not None and rate < ALARM_SHARE * self._usual.mean else 0
+        if self._num_low == 0:
+            self._usual.add(rate)
+
+    @property
+    def rate(self) -> float:
+        """Over all positions."""
+        return (sum(self._right) + PRIOR_ACCEPTANCE * PRIOR_WEIGHT) / (sum(self._tried) + PRIOR_WEIGHT)
+
+    @property
+    def alarm(self) -> bool:
+        """Whether the acceptance has dropped for good."""
+        return self._num_low >= ALARM_TOKENS
+
+    def survival(self, num_draft_tokens: int) -> list[float]:
+        """S_1..S_K."""
+        pooled = self.rate
+        survival, product = [], 1.0
+        for i in range(num_draft_tokens):
+            at = min(i, MAX_POSITION - 1)
+            product *= (self._right[at] + pooled * POOLED_WEIGHT) / (self._tried[at] + POOLED_WEIGHT)
+            survival.append(product)
+        return survival
+
+
+@dataclass(slots=True)
+class Estimates:
+    """All of it, for one service."""
+
+    link: LinkEstimate
+    cloud: CloudEstimate
+    device: DeviceEstimate
+    acceptance: AcceptanceEstimate
+
+    @classmethod
+    def unknown(cls) -> Estimates:
+        """Before the first observation."""
+        return cls(LinkEstimate(), CloudEstimate(), DeviceEstimate(), AcceptanceEstimate())

@@ -1,0 +1,46 @@
+"""What the device does next with the cloud: one mode, and how far it drafts ahead."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from edgecloud.types import Mode
+
+MAX_IN_FLIGHT = 4  # drafts on their way at a time; drafting speed and round trip seldom allow more
+SHADOW_TOKENS = 2  # drafted beside a stream: they tell the acceptance, and are there when the stream stops
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """`cloud`: the target's tokens are streamed. `speculative`: drafts of this length are verified, several on their way."""
+
+    mode: Mode
+    num_draft_tokens: int
+    max_in_flight: int = MAX_IN_FLIGHT
+
+    @property
+    def lookahead(self) -> int:
+        """Tokens that the device drafts beyond the last final one."""
+        if self.mode == "cloud":
+            return SHADOW_TOKENS
+        return (self.num_draft_tokens + 1) * self.max_in_flight - 1
+
+
+class Planner(Protocol):
+    """Chooses the plan, as often as it is asked."""
+
+    def plan(self, now_s: float, context_tokens: int) -> Plan:
+        """The plan for the next round of a generation that has come to `context_tokens` tokens."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """Always the same plan: what a user asked for by name."""
+
+    always: Plan
+
+    def plan(self, now_s: float, context_tokens: int) -> Plan:
+        """That plan."""
+        return self.always
