@@ -109,7 +109,7 @@ class Courier:
         else:
             self._estimates.link.heard(time.monotonic())
             self._estimates.cloud.streamed(round_.cost.elapsed_ms)
-        return Streamed(call, round_.token_ids, round_.cost)
+        return Streamed(call, len(stream.tokens) - len(round_.token_ids), round_.token_ids, round_.cost)
 
     def _end(self, order: Decode, stream: TokenStream) -> Happening | None:
         """A stream that ends has given all that was asked for, or a stop token."""

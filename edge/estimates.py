@@ -20,10 +20,8 @@ PRIOR_ACCEPTANCE, PRIOR_WEIGHT = 0.6, 4.0  # as of so many tokens
 POOLED_WEIGHT = 8.0  # a position's own count against that of all positions
 MEMORY_TOKENS = 200.0  # after so many tokens an observation counts 1/e
 SMALL_BYTES = 2048  # a request that takes no time on the line worth knowing
-ALARM_TOKENS, ALARM_SHARE = (
-    64,
-    0.25,
-)  # of its usual acceptance, for so long: a stale draft
+USUAL_TOKENS = 2000.0  # what is usual follows this slowly
+ALARM_TOKENS, ALARM_SHARE = 64, 0.25  # of its usual acceptance, for so long: a stale draft
 
 
 class Smoothed:
@@ -181,7 +179,7 @@ class AcceptanceEstimate:
     def __init__(self) -> None:
         self._right = [0.0] * MAX_POSITION
         self._tried = [0.0] * MAX_POSITION
-        self._usual = Smoothed()
+        self._usual: float | None = None
         self._num_low = 0
 
     def add(self, position: int, accepted: bool) -> None:
@@ -193,9 +191,11 @@ class AcceptanceEstimate:
         self._tried[at] += 1
         self._right[at] += accepted
         rate = self.rate
-        self._num_low = self._num_low + 1 if self._usual.mean is not None and rate < ALARM_SHARE * self._usual.mean else 0
-        if self._num_low == 0:
-            self._usual.add(rate)
+        if self._usual is None:
+            self._usual = rate if sum(self._tried) >= ALARM_TOKENS else None
+            return
+        self._num_low = self._num_low + 1 if rate < ALARM_SHARE * self._usual else 0
+        self._usual += (rate - self._usual) / USUAL_TOKENS
 
     @property
     def rate(self) -> float:

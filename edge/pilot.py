@@ -55,9 +55,10 @@ class Judged:
 
 @dataclass(frozen=True, slots=True)
 class Streamed:
-    """Tokens of a stream, answer to `Decode`."""
+    """Tokens of a stream, answer to `Decode`; `start` tokens are before them."""
 
     call: int
+    start: int
     token_ids: list[int]
     cost: CallCost
 
@@ -246,8 +247,8 @@ class Pilot:
                 self._heard()
             case Judged(call, verdict):
                 self._take_verdict(call, verdict)
-            case Streamed(call, token_ids, cost):
-                self._take_streamed(call, token_ids, cost, now_s)
+            case Streamed(call, start, token_ids, cost):
+                self._take_streamed(call, start, token_ids, cost, now_s)
             case Failed(call, error):
                 self._take_failure(call, error, now_s)
             case Tick():
@@ -281,15 +282,18 @@ class Pilot:
             ids = [*accepted, first.verdict.next_token_id]
             self._settle(first.start, ids, "speculative", first.verdict.cost, len(first.draft_ids), first.verdict.num_accepted)
 
-    def _take_streamed(self, call: int, token_ids: list[int], cost: CallCost, now_s: float) -> None:
+    def _take_streamed(self, call: int, start: int, token_ids: list[int], cost: CallCost, now_s: float) -> None:
         self._heard()
         stream = self._stream
         if stream is None or stream.call != call:
             self.steps.append(Round([], "cloud", "final", cost=cost))
             return
+        if start > len(self.tokens):  # tokens are missing in between: ask again from here
+            self._close_stream()
+            return
         stream.heard_s = now_s
         stream.num_heard += 1
-        self._settle(len(self.tokens), token_ids, "cloud", cost)
+        self._settle(start, token_ids, "cloud", cost)
 
     def _take_failure(self, call: int | None, error: CloudError, now_s: float) -> None:
         if call is None:
