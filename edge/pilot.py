@@ -115,13 +115,20 @@ class Decode:
 
 
 @dataclass(frozen=True, slots=True)
+class Hedge:
+    """A verification is late: ask another service, too, if there is one. The first answer counts."""
+
+    call: int
+
+
+@dataclass(frozen=True, slots=True)
 class Cancel:
     """Nobody waits for this call any more."""
 
     call: int
 
 
-Action = Draft | Meet | Verify | Decode | Cancel
+Action = Draft | Meet | Verify | Decode | Hedge | Cancel
 
 
 class Patience(Protocol):
@@ -152,6 +159,7 @@ class _Flight:
     sent_s: float
     conditional: bool
     verdict: Verdict | None = None  # it has come before the verdict on which it depends
+    hedged: bool = False
 
     @property
     def horizon(self) -> int:
@@ -368,6 +376,9 @@ class Pilot:
         if not self._offline:
             self._call(plan, now_s)
         late = self._lateness(now_s)
+        if late is not None and self._flights and not self._flights[0].hedged:
+            self._flights[0].hedged = True
+            self.actions.append(Hedge(self._flights[0].call))
         if late == "lost" and self._lost_s is None:
             if self._on_loss == "fail":
                 raise CloudUnavailableError("the cloud has not answered in time")

@@ -16,6 +16,7 @@ from edgecloud.edge.pilot import (
     Drafted,
     Failed,
     Happening,
+    Hedge,
     Judged,
     Met,
     Pilot,
@@ -212,6 +213,8 @@ class World:
                 self.draft = action
             case Verify() | Decode():
                 self.requests.append(action)
+            case Hedge():  # there is no other service
+                pass
             case Cancel(call):  # it may overtake the request, or come too late for the reply
                 self.requests = [request for request in self.requests if request.call != call]
             case _:
