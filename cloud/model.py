@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -96,7 +97,7 @@ class TargetModel:
             self._model.set_attn_implementation(PAGED_ATTENTION)
         difference = (paged.float() - stock.float()).square().mean().sqrt().item()
         spread = stock.float().std().item()
-        if not difference <= PROBE_TOLERANCE[self.dtype] * max(spread, 1e-3):
+        if not math.isfinite(spread) or not difference <= PROBE_TOLERANCE[self.dtype] * max(spread, 1e-3):
             raise ModelError(
                 f"{self.folder}: logits of the paged path differ from the stock model's by {difference:.3g} "
                 f"(spread {spread:.3g}); this architecture ({self._model.config.model_type}) is not supported as a target"

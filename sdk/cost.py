@@ -23,11 +23,6 @@ def tokens_per_round(survival: Sequence[float]) -> float:
     return 1.0 + sum(survival)
 
 
-def round_ms(num_draft_tokens: int, draft_ms: float, rtt_ms: float, pass_ms: float, pass_ms_per_token: float) -> float:
-    """One synchronous round: K drafts, a round trip, one pass over K + 1 positions."""
-    return num_draft_tokens * draft_ms + rtt_ms + pass_ms + pass_ms_per_token * (num_draft_tokens + 1)
-
-
 @dataclass(frozen=True, slots=True)
 class Price:
     """What a way of working costs, in expectation."""

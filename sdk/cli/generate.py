@@ -35,8 +35,8 @@ def generate(
     objective: Annotated[
         Objective,
         typer.Option(
-            help="What mode auto makes little of. latency: time per token. cost: passes of the target, at up to 1.5 times the time of "
-            "a stream. balanced: both. offline-first: calls."
+            help="What mode auto makes little of. latency: time per token. cost: passes of the target, at up to 1.5 times the time "
+            "of a stream. balanced: both. offline-first: calls."
         ),
     ] = "latency",
     on_cloud_loss: Annotated[
