@@ -63,6 +63,16 @@ def padded_rows(num_rows: int) -> int:
     return -(-num_rows // step) * step
 
 
+def joint(projections: Sequence[Any]) -> Function | None:
+    """The one product that gives the columns of all of these, in this order, where `pack` has made one."""
+    shared = getattr(projections[0], "shared", None)
+    if shared is None or len(projections) != len(shared.widths):
+        return None
+    alike = all(getattr(part, "shared", None) is shared and part.index == index for index, part in enumerate(projections))
+    product: Function = shared.product
+    return product if alike else None
+
+
 class _Packer:
     """Makes functions of linear layers, and knows what it has found out about their shapes."""
 
@@ -81,7 +91,7 @@ class _Packer:
         weight = torch.cat([linear.weight.detach() for linear in linears])
         bias = None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])
         shared = _Shared(self._product(weight, bias), [linear.out_features for linear in linears])
-        return [partial(shared.part, index=index) for index in range(len(linears))]
+        return [_Part(shared, index) for index in range(len(linears))]
 
     def _product(self, weight: Tensor, bias: Tensor | None) -> Function:
         shape = (*weight.shape, weight.dtype)
@@ -103,19 +113,35 @@ class _Shared:
     """Projections of one input: one product, when the first of them is called."""
 
     def __init__(self, product: Function, widths: list[int]) -> None:
-        self._product = product
-        self._widths = widths
+        self.product = product
+        self.widths = widths
         self._x: Tensor | None = None
         self._parts: Sequence[Tensor] = ()
 
     def part(self, x: Tensor, index: int) -> Tensor:
         """Columns of projection `index`.  [..., in] -> [..., widths[index]]"""
         if x is not self._x:
-            self._x, self._parts = x, torch.split_with_sizes(self._product(x), self._widths, -1)
+            self._x, self._parts = x, torch.split_with_sizes(self.product(x), self.widths, -1)
         part = self._parts[index]
-        if index == len(self._widths) - 1:
+        if index == len(self.widths) - 1:
             self._x, self._parts = None, ()
         return part
+
+
+class _Part:
+    """One of several projections of one input."""
+
+    def __init__(self, shared: _Shared, index: int) -> None:
+        self.shared = shared
+        self.index = index
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.shared.part(x, self.index)
+
+
+def is_packed(part: Any) -> bool:
+    """Whether `pack` has put this in the place of a module."""
+    return not isinstance(part, nn.Module) and callable(part) and hasattr(part, "weight")
 
 
 def _alike(linears: Sequence[nn.Linear]) -> bool:
