@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from edgecloud.cloud.attention import PAGED_ATTENTION, PagedBatch, register, tensor_ids
+from edgecloud.cloud.layers import fuse
 from edgecloud.cloud.projections import pack, padded_rows
 from edgecloud.cloud.trial import Trial
 from edgecloud.cloud.weights import check_safetensors
@@ -102,6 +103,7 @@ class TargetModel:
                 f"{self.folder}: logits of the paged path differ from the stock model's by {difference:.3g} "
                 f"(spread {spread:.3g}); this architecture ({self._model.config.model_type}) is not supported as a target"
             )
+        self.num_fused_layers = fuse(self._model, trial.pool.forms, lambda: trial.spread(self.max_context_tokens))
         self.exact = "bitwise" if self._rows_are_independent and trial.is_invariant(paged) else "tolerance"
         return trial.pool.bytes_per_slot
 
