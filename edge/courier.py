@@ -40,7 +40,7 @@ class Courier:
         self._estimates = estimates
         self._post = post
         self._calls: dict[int, list[Any]] = {}  # under way; several futures where a second service was asked
-        self._orders: dict[int, tuple[Verify, Cloud]] = {}  # of these, what was asked of whom
+        self._orders: dict[int, tuple[Verify | Decode, Cloud]] = {}  # of these, what was asked of whom
 
     def verify(self, order: Verify) -> None:
         """Send a draft."""
@@ -53,16 +53,23 @@ class Courier:
         if call not in self._orders:
             return
         order, asked = self._orders[call]
-        if (other := self._replicas.choose(time.monotonic(), but=asked)) is not None:
+        other = self._replicas.choose(time.monotonic(), but=asked)
+        if other is not None and isinstance(order, Verify):
             self._send(order, other, None)
+        elif other is not None and isinstance(order, Decode):  # from its first token on: what has come before is known already
+            self._open(order, other)
 
     def decode(self, order: Decode) -> None:
         """Open a stream."""
         cloud = self._choose()
+        self._orders[order.call] = order, cloud
+        self._open(order, cloud)
+
+    def _open(self, order: Decode, cloud: Cloud) -> None:
         was_idle = self._estimates.link.sent_to_idle(time.monotonic())
         session = self._session.on(cloud)
         stream = session.stream(order.tokens, order.max_new_tokens, self._sampling, self._stop_token_ids)
-        self._calls[order.call] = [stream.call]
+        self._calls.setdefault(order.call, []).append(stream.call)
 
         def read() -> None:
             try:
@@ -122,6 +129,8 @@ class Courier:
         except ProtocolError as error:
             return Failed(order.call, error)
         self._calls[order.call].remove(ended)
+        if (asked := self._orders[order.call][1]) is not cloud:  # the other one is still silent
+            self._replicas.failed(asked, time.monotonic())
         self.cancel(Cancel(order.call))  # what else was asked for the same
         self._learn(cloud, cost, was_idle)
         if not conditional and reply.HasField("load"):
@@ -141,8 +150,9 @@ class Courier:
 
     def _end(self, order: Decode, stream: TokenStream, cloud: Cloud) -> Happening | None:
         """A stream that ends has given all that was asked for, or a stop token."""
-        if self._calls.pop(order.call, None) is None:
+        if order.call not in self._calls:
             return None
+        self.cancel(Cancel(order.call))
         missing = order.max_new_tokens - (len(stream.tokens) - len(order.tokens))
         if missing and stream.tokens[-1] not in self._stop_token_ids:
             return Failed(order.call, ProtocolError(f"{cloud.address} ended a stream {missing} tokens early"))

@@ -116,7 +116,7 @@ class Decode:
 
 @dataclass(frozen=True, slots=True)
 class Hedge:
-    """A verification is late: ask another service, too, if there is one. The first answer counts."""
+    """An answer is late: ask another service, too, if there is one. The first answer counts."""
 
     call: int
 
@@ -172,6 +172,7 @@ class _Stream:
     call: int
     heard_s: float
     num_heard: int = 0
+    hedged: bool = False
 
 
 class Pilot:
@@ -376,9 +377,10 @@ class Pilot:
         if not self._offline:
             self._call(plan, now_s)
         late = self._lateness(now_s)
-        if late is not None and self._flights and not self._flights[0].hedged:
-            self._flights[0].hedged = True
-            self.actions.append(Hedge(self._flights[0].call))
+        waiting = self._flights[0] if self._flights else self._stream if late == "lost" else None
+        if late is not None and waiting is not None and not waiting.hedged:
+            waiting.hedged = True
+            self.actions.append(Hedge(waiting.call))
         if late == "lost" and self._lost_s is None:
             if self._on_loss == "fail":
                 raise CloudUnavailableError("the cloud has not answered in time")
