@@ -10,6 +10,7 @@ from edgecloud.cloud.projections import padded_rows
 
 STRETCH = 1.4  # prompts may make the pass of others this much longer
 SMALLEST_CHUNK_ROWS = 8  # and get on by at least so much
+UNTRIED_CHUNK_ROWS = 64  # while it is not known what a row costs
 GROWTH = 1.25  # of passes, from one that kept the bound to the next: beyond what was tried, rows may cost more than they did
 NUM_ALONE = 5  # passes of short requests alone whose median is believed
 UNMEASURED_PASSES = 32  # with prompts, then one without: what others' passes take alone is measured again and again
@@ -37,7 +38,7 @@ class PromptRoom:
         if self._num_beside >= UNMEASURED_PASSES:
             return 0
         if not self._fit.is_trusted:
-            return SMALLEST_CHUNK_ROWS
+            return UNTRIED_CHUNK_ROWS
         fit = self._beside if self._beside.is_trusted else self._fit
         spare_ms = STRETCH * self._alone_ms(num_short, num_context) - fit.predict_ms(num_short, num_context + prompt_context)
         cost = fit.cost
