@@ -15,7 +15,6 @@ from edgecloud.edge.remote import RemoteVerifier, TokenStream, cost_of
 from edgecloud.errors import CloudError, ProtocolError
 from edgecloud.rpc import codec
 from edgecloud.sampling import SamplingSettings
-from edgecloud.types import CallCost
 
 Letter = Callable[[], Happening | None]  # read on the pilot's thread, so that only that thread knows the session
 
@@ -95,20 +94,15 @@ class Courier:
             verdict = self._session.judged(order.tokens, order.draft_ids, reply, cost)
         except ProtocolError as error:
             return Failed(order.call, error)
-        self._learn(cost, was_idle)
-        if not conditional and reply.HasField("load"):
-            self._estimates.cloud.verified(len(order.draft_ids) + 1, cost)
+        now_s, load, num_rows = time.monotonic(), self._session.load, len(order.draft_ids) + 1
+        self._estimates.judged(num_rows, cost, load, now_s, was_idle=was_idle, conditional=conditional)
         return Judged(order.call, verdict)
 
     def _take(self, call: int, stream: TokenStream, reply: Any, came: float, was_idle: bool) -> Happening | None:
         if call not in self._calls:
             return None
         round_ = stream.take(reply, came)
-        if round_.cost.uplink_bytes:
-            self._learn(round_.cost, was_idle)
-        else:
-            self._estimates.link.heard(time.monotonic())
-            self._estimates.cloud.streamed(round_.cost.elapsed_ms)
+        self._estimates.streamed(round_.cost, self._session.load, time.monotonic(), was_idle=was_idle)
         return Streamed(call, round_.token_ids, round_.cost)
 
     def _end(self, order: Decode, stream: TokenStream) -> Happening | None:
@@ -125,9 +119,3 @@ class Courier:
             return None
         failure: CloudError = self._session.learned(error, conditional=conditional)
         return Failed(call, failure)
-
-    def _learn(self, cost: CallCost, was_idle: bool) -> None:
-        round_trip_ms = cost.elapsed_ms - cost.queue_ms - cost.compute_ms
-        self._estimates.link.add(round_trip_ms, cost.uplink_bytes, time.monotonic(), was_idle=was_idle)
-        if self._session.load is not None:
-            self._estimates.cloud.tell(self._session.load)

@@ -227,6 +227,28 @@ class Estimates:
     device: DeviceEstimate
     acceptance: AcceptanceEstimate
 
+    def answered(self, cost: CallCost, load: ServiceLoad | None, now_s: float, *, was_idle: bool) -> None:
+        """A request's first answer came, with the service's load if it was told."""
+        self.link.add(cost.elapsed_ms - cost.queue_ms - cost.compute_ms, cost.uplink_bytes, now_s, was_idle=was_idle)
+        if load is not None:
+            self.cloud.tell(load)
+
+    def judged(
+        self, num_rows: int, cost: CallCost, load: ServiceLoad | None, now_s: float, *, was_idle: bool, conditional: bool
+    ) -> None:
+        """A verdict came, of a pass over so many rows of ours. A conditional request's queue is the request before it."""
+        self.answered(cost, load, now_s, was_idle=was_idle)
+        if not conditional:
+            self.cloud.verified(num_rows, cost)
+
+    def streamed(self, cost: CallCost, load: ServiceLoad | None, now_s: float, *, was_idle: bool) -> None:
+        """A token of a stream came."""
+        if cost.uplink_bytes:
+            self.answered(cost, load, now_s, was_idle=was_idle)
+        else:
+            self.link.heard(now_s)
+            self.cloud.streamed(cost.elapsed_ms)
+
     @classmethod
     def unknown(cls) -> Estimates:
         """Before the first observation."""
