@@ -1,7 +1,7 @@
 """Where a real pair's draft guesses right along the target's text: what the replay flies by.
 
-First turns of Spec-Bench's questions, a seeded sample of every category. Of the texts only bits are kept: bit i of an answer says whether
-the draft, given the prompt and the target's first i tokens, guesses the next one.
+First turns of Spec-Bench's questions, a seeded sample of every category. Of the texts only bits are kept: bit i of an answer says
+whether the draft, given the prompt and the target's first i tokens, guesses the next one.
     python benchmarks/record_acceptance.py --prompts spec_bench_dev.jsonl
 """
 

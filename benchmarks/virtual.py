@@ -75,6 +75,7 @@ class VirtualGeneration:
         self._device = device
         self._link = link
         self._cloud = cloud
+        self._session = cloud.session
         self._estimates = estimates
         self._show = show
         self._stop_token_ids = stop_token_ids
@@ -137,13 +138,15 @@ class VirtualGeneration:
                 self._device.draft(action, self._post)
             case Verify(call, tokens, draft_ids, num_assumed):
                 start = common_prefix(self._known, tokens) if num_assumed is None else num_assumed
-                self._send(action, Job(call, start, tokens, draft_ids, 1, lambda answer: self._down(call, answer)))
+                self._send(action, Job(call, self._session, start, tokens, draft_ids, 1, lambda answer: self._down(call, answer)))
             case Decode(call, tokens, max_new_tokens):
                 start = common_prefix(self._known, tokens)
-                self._send(action, Job(call, start, tokens, [], max_new_tokens, lambda answer: self._down(call, answer)))
+                self._send(
+                    action, Job(call, self._session, start, tokens, [], max_new_tokens, lambda answer: self._down(call, answer))
+                )
             case Cancel(call):
                 if self._calls.pop(call, None) is not None:
-                    self._link.up(TOKEN_BYTES, self._cloud.cancel, call)
+                    self._link.up(TOKEN_BYTES, self._cloud.cancel, self._session, call)
             case Meet():
                 self._meet()
 
@@ -220,7 +223,7 @@ class VirtualGeneration:
     def _time_out(self, call: int) -> None:
         """The service knows the limit too."""
         if call in self._calls:
-            self._cloud.cancel(call)
+            self._cloud.cancel(self._session, call)
             self._fail(call, "too late")
 
     def _fail(self, call: int, why: str) -> None:

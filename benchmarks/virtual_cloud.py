@@ -68,6 +68,7 @@ class Job:
     """A request: a stream if `max_new_tokens` is above 1."""
 
     call: int
+    session: int
     start: int  # context that the session has, as the client thinks
     tokens: list[int]
     draft_ids: list[int]
@@ -136,11 +137,13 @@ class VirtualCloud:
         self._free_s = 0.0  # when the last pass ended
         self._stops: frozenset[int] = frozenset()
         self._epoch = 0
+        self.session = 0  # what comes late for the one before is for nobody
         self.num_passes = 0.0  # of this session, a pass shared by n counts 1/n
 
     def open(self, text: Text, stop_token_ids: frozenset[int] = frozenset()) -> None:
         """Another generation: another session."""
         self.text, self._stops = text, stop_token_ids
+        self.session += 1
         self.restart()
 
     def restart(self) -> None:
@@ -151,15 +154,18 @@ class VirtualCloud:
 
     def submit(self, job: Job) -> None:
         """A request has arrived."""
+        if job.session != self.session:
+            return
         job.arrived_s = self._env.now
         if self._overhead_s:
             later(self._env, self._overhead_s, self._let_in, job, self._epoch)
         else:
             self._admit(job)
 
-    def cancel(self, call: int) -> None:
+    def cancel(self, session: int, call: int) -> None:
         """The client does not wait for it any more: it ends before the next pass."""
-        later(self._env, self._overhead_s, self._cancel, call)
+        if session == self.session:
+            later(self._env, self._overhead_s, self._cancel, call)
 
     def _cancel(self, call: int) -> None:
         if self._job is not None and self._job.call == call:

@@ -1,4 +1,4 @@
-"""The pilot in virtual time: through outages it loses no token and shows none wrongly, and undisturbed it takes what the formula says."""
+"""The pilot in virtual time: through outages the text stays and every guess is settled; undisturbed it takes what the formula says."""
 
 from __future__ import annotations
 
