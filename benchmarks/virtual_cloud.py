@@ -132,6 +132,7 @@ class VirtualCloud:
         self._random = Random(seed)
         self._tokens: list[int] | None = None  # of the session; None: not known
         self._cached = 0  # of them, those whose keys and values are there
+        self._shared: list[int] = []
         self._job: Job | None = None
         self._deferred: deque[Job] = deque()
         self._free_s = 0.0  # when the last pass ended
@@ -145,6 +146,10 @@ class VirtualCloud:
         self.text, self._stops = text, stop_token_ids
         self.session += 1
         self.restart()
+
+    def know(self, tokens: list[int]) -> None:
+        """Their keys and values are there, of another session with the same prompt."""
+        self._shared = list(tokens)
 
     def restart(self) -> None:
         """Forget the session and everything under way."""
@@ -193,7 +198,8 @@ class VirtualCloud:
             return
         tokens = job.tokens + job.draft_ids
         same = 0 if known is None else common_prefix(known, tokens)
-        self._cached = min(self._cached, same, len(job.tokens) - 1)
+        same, cached = (common_prefix(self._shared, tokens),) * 2 if known is None else (same, self._cached)
+        self._cached = min(cached, same, len(job.tokens) - 1)
         self._tokens = tokens
         self._job = job
         self._plan()

@@ -1,4 +1,4 @@
-"""The pilot in virtual time: through outages the text stays and every guess is settled; undisturbed it takes what the formula says."""
+"""The pilot in virtual time: through outages the text stays and every guess is settled; undisturbed it takes what was promised."""
 
 from __future__ import annotations
 
