@@ -47,6 +47,7 @@ class Call:
     asked_s: float
     uplink_bytes: int
     was_idle: bool
+    num_rows: int
     tokens: list[int]  # of a stream: with what has come of it
 
 
@@ -168,7 +169,8 @@ class VirtualGeneration:
         now_s = self._env.now
         num_bytes = CALL_BYTES + TOKEN_BYTES * (len(order.tokens) - job.start + len(job.draft_ids))
         was_idle = self._estimates.link.sent_to_idle(now_s)
-        self._calls[order.call] = Call(order, now_s, num_bytes, was_idle, order.tokens)
+        num_rows = len(job.draft_ids) + max(1, len(order.tokens) - job.start)
+        self._calls[order.call] = Call(order, now_s, num_bytes, was_idle, num_rows, order.tokens)
         if not self._link.connected:
             later(self._env, REFUSED_S, self._fail, order.call, "refused")
             return
@@ -207,8 +209,8 @@ class VirtualGeneration:
     def _judge(self, number: int, order: Verify, call: Call, answer: Extended, cost: CallCost) -> None:
         del self._calls[number]
         self._known = [*order.tokens, *order.draft_ids[: answer.num_accepted], answer.next_token_id]
-        conditional, num_rows = order.num_assumed is not None, len(order.draft_ids) + 1
-        self._estimates.judged(num_rows, cost, answer.load, self._env.now, was_idle=call.was_idle, conditional=conditional)
+        conditional = order.num_assumed is not None
+        self._estimates.judged(call.num_rows, cost, answer.load, self._env.now, was_idle=call.was_idle, conditional=conditional)
         self._post(Judged(number, Verdict(answer.num_accepted, answer.next_token_id, cost)))
 
     def _take(self, number: int, order: Decode, call: Call, answer: Extended, cost: CallCost) -> None:

@@ -42,13 +42,14 @@ class Courier:
         """Send a draft."""
         request = self._session.verify_request(order.tokens, order.draft_ids, self._wire_sampling, order.num_assumed)
         uplink_bytes, asked = request.ByteSize(), time.perf_counter()
+        num_rows = len(order.draft_ids) + max(1, len(request.context_ids))
         was_idle = self._estimates.link.sent_to_idle(time.monotonic())
         future = self._session.verify_future(request)
         self._calls[order.call] = future
 
         def arrived(ended: Any) -> None:
             elapsed_s = time.perf_counter() - asked
-            self._post(lambda: self._judge(order, ended, elapsed_s, uplink_bytes, was_idle))
+            self._post(lambda: self._judge(order, ended, elapsed_s, uplink_bytes, num_rows, was_idle))
 
         future.add_done_callback(arrived)
 
@@ -80,7 +81,9 @@ class Courier:
         while self._calls:
             self._calls.popitem()[1].cancel()
 
-    def _judge(self, order: Verify, ended: Any, elapsed_s: float, uplink_bytes: int, was_idle: bool) -> Happening | None:
+    def _judge(
+        self, order: Verify, ended: Any, elapsed_s: float, uplink_bytes: int, num_rows: int, was_idle: bool
+    ) -> Happening | None:
         if order.call not in self._calls:
             return None
         conditional = order.num_assumed is not None
@@ -94,7 +97,7 @@ class Courier:
             verdict = self._session.judged(order.tokens, order.draft_ids, reply, cost)
         except ProtocolError as error:
             return Failed(order.call, error)
-        now_s, load, num_rows = time.monotonic(), self._session.load, len(order.draft_ids) + 1
+        now_s, load = time.monotonic(), self._session.load
         self._estimates.judged(num_rows, cost, load, now_s, was_idle=was_idle, conditional=conditional)
         return Judged(order.call, verdict)
 

@@ -38,7 +38,13 @@ class Price:
 
 
 def overlapped(
-    survival: Sequence[float], num_draft_tokens: int, draft_ms: float, rtt_ms: float, verify_ms: float, max_in_flight: int
+    survival: Sequence[float],
+    num_draft_tokens: int,
+    draft_ms: float,
+    rtt_ms: float,
+    verify_ms: float,
+    max_in_flight: int,
+    queue_ms: float = 0.0,
 ) -> Price:
     """Speculation with drafts on their way while the next are made (edge/pilot.py), from one wrong guess to the next.
 
@@ -51,8 +57,9 @@ def overlapped(
         num_draft_tokens: K, from 0.
         draft_ms: a drafted token.
         rtt_ms: the round trip.
-        verify_ms: a pass over K + 1 positions, with its queue.
+        verify_ms: a pass over K + 1 positions.
         max_in_flight: drafts on their way at a time.
+        queue_ms: until the pass begins, unless the one before has kept the place.
     """
     length = num_draft_tokens + 1
     surviving, num_tokens, num_passes, total_ms = 1.0, 0.0, 0.0, draft_ms / 2
@@ -65,7 +72,7 @@ def overlapped(
         sent_ms = (num_draft_tokens + flight * length) * draft_ms
         if flight >= max_in_flight:
             sent_ms = max(sent_ms, verdicts[flight - max_in_flight])
-        pass_end_ms = max(sent_ms + rtt_ms / 2, pass_end_ms) + verify_ms
+        pass_end_ms = max(sent_ms + rtt_ms / 2 + queue_ms, pass_end_ms) + verify_ms
         verdicts.append(pass_end_ms + rtt_ms / 2)
         num_passes += surviving
         first = flight * length
