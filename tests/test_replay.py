@@ -182,3 +182,11 @@ def test_a_flight_takes_what_the_formula_says(num_draft_tokens: int, rtt_ms: flo
     promised = overlapped(survival(0.7, 16), num_draft_tokens, 20.0, rtt_ms, 60.0, 4)
     assert flown.tpot_ms == pytest.approx(promised.ms_per_token, rel=0.07)
     assert flown.cloud.num_passes / len(text.answer) == pytest.approx(promised.passes_per_token, rel=0.05)
+
+
+def test_a_stream_that_outlives_the_time_limit_of_a_call_is_no_lost_cloud() -> None:
+    text = Text(8, bits(Random(1), 0.7, 400))
+    flown = Flight(text, planner=Fixed(Plan("cloud", 0)), times=PassTimes({1: 50.0}), request_s=3.0)
+    assert not any(isinstance(step, CloudLost) for _, step in flown.steps)
+    assert flown.screen.final == text.answer
+    assert flown.tpot_ms < 53.0
