@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -16,9 +17,19 @@ from edgecloud.edge.replicas import RemoteSession
 from edgecloud.errors import CloudError, CloudOverloadedError, CloudUnavailableError, ProtocolError
 from edgecloud.rpc import codec
 from edgecloud.sampling import SamplingSettings
-from edgecloud.types import CallCost
 
 Letter = Callable[[], Happening | None]  # read on the pilot's thread, so that only that thread knows the session
+
+
+@dataclass(frozen=True, slots=True)
+class _Trip:
+    """A request and its answer, as the device saw them."""
+
+    elapsed_s: float
+    uplink_bytes: int
+    num_rows: int  # that the service had to compute
+    was_idle: bool  # the link, before
+    conditional: bool
 
 
 class Courier:
@@ -104,26 +115,26 @@ class Courier:
         session = self._session.on(cloud)
         request = session.verify_request(order.tokens, order.draft_ids, self._wire_sampling, num_assumed)
         uplink_bytes, asked = request.ByteSize(), time.perf_counter()
+        num_rows = len(order.draft_ids) + max(1, len(request.context_ids))
         was_idle = self._estimates.link.sent_to_idle(time.monotonic())
         future = session.verify_future(request)
         self._calls.setdefault(order.call, []).append(future)
 
         def arrived(ended: Any) -> None:
             elapsed_s = time.perf_counter() - asked
-            self._post(lambda: self._judge(order, cloud, num_assumed is not None, ended, elapsed_s, uplink_bytes, was_idle))
+            trip = _Trip(elapsed_s, uplink_bytes, num_rows, was_idle, conditional=num_assumed is not None)
+            self._post(lambda: self._judge(order, cloud, ended, trip))
 
         future.add_done_callback(arrived)
 
-    def _judge(
-        self, order: Verify, cloud: Cloud, conditional: bool, ended: Any, elapsed_s: float, uplink_bytes: int, was_idle: bool
-    ) -> Happening | None:
+    def _judge(self, order: Verify, cloud: Cloud, ended: Any, trip: _Trip) -> Happening | None:
         if ended not in self._calls.get(order.call, []):
             return None
         try:
             reply = ended.result()
         except grpc.RpcError as error:
-            return self._fail(order.call, ended, cloud, error, conditional=conditional)
-        cost = cost_of(reply, elapsed_s, uplink_bytes)
+            return self._fail(order.call, ended, cloud, error, conditional=trip.conditional)
+        cost = cost_of(reply, trip.elapsed_s, trip.uplink_bytes)
         try:
             verdict = self._session.on(cloud).judged(order.tokens, order.draft_ids, reply, cost)
         except ProtocolError as error:
@@ -132,20 +143,18 @@ class Courier:
         if (asked := self._orders[order.call][1]) is not cloud:  # the other one is still silent
             self._replicas.failed(asked, time.monotonic())
         self.cancel(Cancel(order.call))  # what else was asked for the same
-        self._learn(cloud, cost, was_idle)
-        if not conditional and reply.HasField("load"):
-            self._estimates.cloud.verified(len(order.draft_ids) + 1, cost)
+        self._replicas.answered(cloud)
+        self._estimates.judged(
+            trip.num_rows, cost, cloud.load, time.monotonic(), was_idle=trip.was_idle, conditional=trip.conditional
+        )
         return Judged(order.call, verdict)
 
     def _take(self, call: int, stream: TokenStream, cloud: Cloud, reply: Any, came: float, was_idle: bool) -> Happening | None:
         if call not in self._calls:
             return None
         round_ = stream.take(reply, came)
-        if round_.cost.uplink_bytes:
-            self._learn(cloud, round_.cost, was_idle)
-        else:
-            self._estimates.link.heard(time.monotonic())
-            self._estimates.cloud.streamed(round_.cost.elapsed_ms)
+        self._replicas.answered(cloud)
+        self._estimates.streamed(round_.cost, cloud.load, time.monotonic(), was_idle=was_idle)
         return Streamed(call, len(stream.tokens) - len(round_.token_ids), round_.token_ids, round_.cost)
 
     def _end(self, order: Decode, stream: TokenStream, cloud: Cloud) -> Happening | None:
@@ -169,10 +178,3 @@ class Courier:
             return None
         self.cancel(Cancel(call))
         return Failed(call, failure)
-
-    def _learn(self, cloud: Cloud, cost: CallCost, was_idle: bool) -> None:
-        self._replicas.answered(cloud)
-        round_trip_ms = cost.elapsed_ms - cost.queue_ms - cost.compute_ms
-        self._estimates.link.add(round_trip_ms, cost.uplink_bytes, time.monotonic(), was_idle=was_idle)
-        if cloud.load is not None:
-            self._estimates.cloud.tell(cloud.load)

@@ -305,10 +305,13 @@ class Pilot:
         self._settle(start, token_ids, "cloud", cost)
 
     def _take_failure(self, call: int | None, error: CloudError, now_s: float) -> None:
+        stream = self._stream
         if call is None:
             self._meeting = False
         elif not self._forget(call):
             return
+        if stream is not None and stream.call == call and stream.num_heard and isinstance(error, CloudUnavailableError):
+            return  # it got on and broke, at the time limit of a call for one: asked for again at once; that may fail
         if isinstance(error, ContextMissingError):
             self._take_refusal(call, error, now_s)
             return

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 NEGLIGIBLE = 0.01  # probability below which a cycle is cut off
 FURTHEST = 64  # tokens after which it is
@@ -32,7 +33,13 @@ class Price:
 
 
 def overlapped(
-    survival: Sequence[float], num_draft_tokens: int, draft_ms: float, rtt_ms: float, verify_ms: float, max_in_flight: int
+    survival: Sequence[float],
+    num_draft_tokens: int,
+    draft_ms: float,
+    rtt_ms: float,
+    verify_ms: float,
+    max_in_flight: int,
+    queue_ms: float = 0.0,
 ) -> Price:
     """Speculation with drafts on their way while the next are made (edge/pilot.py), from one wrong guess to the next.
 
@@ -45,40 +52,40 @@ def overlapped(
         num_draft_tokens: K, from 0.
         draft_ms: a drafted token.
         rtt_ms: the round trip.
-        verify_ms: a pass over K + 1 positions, with its queue.
+        verify_ms: a pass over K + 1 positions.
         max_in_flight: drafts on their way at a time.
+        queue_ms: until the pass begins, unless the one before has kept the place.
     """
     length = num_draft_tokens + 1
     surviving, num_tokens, num_passes, total_ms = 1.0, 0.0, 0.0, draft_ms / 2
     pass_end_ms = 0.0
     verdicts: list[float] = []  # when they arrive
-    reach = _Reach(survival)
+    reach = _reach(survival, length)
+    sums = [0.0, *accumulate(reach)]
     flight = 0
     while surviving > NEGLIGIBLE and flight * length < FURTHEST:
         sent_ms = (num_draft_tokens + flight * length) * draft_ms
         if flight >= max_in_flight:
             sent_ms = max(sent_ms, verdicts[flight - max_in_flight])
-        pass_end_ms = max(sent_ms + rtt_ms / 2, pass_end_ms) + verify_ms
+        pass_end_ms = max(sent_ms + rtt_ms / 2 + queue_ms, pass_end_ms) + verify_ms
         verdicts.append(pass_end_ms + rtt_ms / 2)
         num_passes += surviving
-        chain = [reach.of(flight * length + i) for i in range(length + 1)]
-        num_tokens += sum(chain[:-1])
-        last = chain[-1] <= NEGLIGIBLE or (flight + 1) * length >= FURTHEST
-        total_ms += (surviving - (0.0 if last else chain[-1])) * verdicts[-1]
-        surviving = chain[-1]
+        first = flight * length
         flight += 1
+        num_tokens += sums[first + length] - sums[first]
+        survives = reach[first + length]
+        last = survives <= NEGLIGIBLE or first + length >= FURTHEST
+        total_ms += (surviving - (0.0 if last else survives)) * verdicts[-1]
+        surviving = survives
     return Price(total_ms / num_tokens, num_passes / num_tokens)
 
 
-class _Reach:
-    """S_n for any n: S_0 is 1, and beyond those given it falls at the last rate."""
-
-    def __init__(self, survival: Sequence[float]) -> None:
-        self._survival = [1.0, *survival]
-        self._rate = survival[-1] / self._survival[-2] if survival and self._survival[-2] else 0.0
-
-    def of(self, n: int) -> float:
-        survival = self._survival
-        while len(survival) <= n:
-            survival.append(survival[-1] * self._rate)
-        return survival[n]
+def _reach(survival: Sequence[float], margin: int) -> list[float]:
+    """S_0, S_1, ... until it is negligible, and so many more: beyond those given it falls at the last rate."""
+    reach = [1.0, *survival]
+    rate = reach[-1] / reach[-2] if survival and reach[-2] else 0.0
+    while reach[-1] > NEGLIGIBLE and len(reach) <= FURTHEST:
+        reach.append(reach[-1] * rate)
+    for _ in range(margin):
+        reach.append(reach[-1] * rate)
+    return reach

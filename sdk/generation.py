@@ -65,7 +65,7 @@ class Generation:
         """Show provisional tokens.  -> what to tell the caller"""
         if self._preview is None:
             self._preview = _Preview(self._text_stream, self._held, self._stop_strings)
-        texts = [self._preview.push(token) for token in token_ids]
+        texts = ["" if token in self._stop_token_ids else self._preview.push(token) for token in token_ids]
         self._guessed += token_ids
         self._guessed_texts += texts
         self._first_shown_s = self._first_shown_s or time.perf_counter()

@@ -32,6 +32,10 @@ class Site:
     def verify_ms(self, num_rows: int) -> float:
         return self.pass_ms + self.row_ms * num_rows
 
+    def streamed(self, noise: float = 1.0) -> CallCost:
+        """A token of a stream, after the one before."""
+        return CallCost(compute_ms=self.verify_ms(1) * noise, elapsed_ms=self.stream_ms * noise)
+
     def slower(self, factor: float) -> Site:
         """With a cloud that takes `factor` times as long."""
         return Site(
@@ -45,9 +49,9 @@ def seen(site: Site, now_s: float = 0.0) -> Estimates:
     for _ in range(10):
         estimates.link.add(site.rtt_ms, 100, now_s, was_idle=False)
         estimates.device.drafted(site.step_ms)
-        estimates.cloud.streamed(site.stream_ms)
+        estimates.cloud.streamed(site.streamed())
         for length in (0, *DRAFT_LENGTHS):
-            estimates.cloud.verified(length + 1, CallCost(compute_ms=site.verify_ms(length + 1)))
+            estimates.cloud.verified(length + 1, CallCost(compute_ms=site.verify_ms(length + 1)), conditional=False)
     random = Random(0)
     for _ in range(60):
         position = 0
@@ -121,9 +125,10 @@ def test_it_does_not_waver_on_a_steady_link(site: Site, other: Site) -> None:
         noise = random.gauss(1.0, 0.05)
         estimates.link.add(site.rtt_ms * noise, 100, now_s, was_idle=False)
         estimates.device.drafted(site.step_ms * random.gauss(1.0, 0.05))
-        estimates.cloud.streamed(site.stream_ms * random.gauss(1.0, 0.05))
+        estimates.cloud.streamed(site.streamed(random.gauss(1.0, 0.05)))
         for length in (0, *DRAFT_LENGTHS):
-            estimates.cloud.verified(length + 1, CallCost(compute_ms=site.verify_ms(length + 1) * random.gauss(1.0, 0.05)))
+            cost = CallCost(compute_ms=site.verify_ms(length + 1) * random.gauss(1.0, 0.05))
+            estimates.cloud.verified(length + 1, cost, conditional=False)
         position = 0
         while position < 4 and random.random() < site.acceptance:
             estimates.acceptance.add(position, True)

@@ -291,3 +291,14 @@ def test_guesses_leave_no_trace_in_text_or_tokens(
     assert reply.text.startswith(screen.text)
     assert screen.num_retracted == reply.metrics.num_retracted_tokens
     assert reply.text == screen.text or reply.finish_reason == "cancelled"  # what is held back may begin a stop string
+
+
+def test_a_guessed_stop_token_shows_nothing(tokenizer: ChatTokenizer) -> None:
+    """Some models stop at a token that has text."""
+    letter = tokenizer.encode_rendered("b")[0]
+    generation = Generation(3, tokenizer.stream(), 9, {letter}, ())
+    screen = Screen([*generation.guess([*tokenizer.encode_rendered("a"), letter])])
+    assert screen.text == "a"
+    for event in generation.add(Round([*tokenizer.encode_rendered("a"), letter], "speculative", "final")):
+        screen.show(event)
+    assert (screen.text, generation.reply().text, generation.finish_reason) == ("a", "a", "stop")
