@@ -24,6 +24,7 @@ from edgecloud.errors import CloudError, CloudOverloadedError, CloudUnavailableE
 from edgecloud.tokens import common_prefix
 from edgecloud.types import CallCost, CloudBack, CloudLost, Guess, LossPolicy, Mode, ModeChanged, Round, Verdict
 
+TICK_S = 1e-6  # clocks are told apart to this: rounding must not wake the pilot again and again at one moment
 Step = Round | Guess | ModeChanged | CloudLost | CloudBack
 
 
@@ -498,9 +499,9 @@ class Pilot:
         if waited is None:
             return None
         waited_s, num_new, streaming = waited
-        if waited_s >= self._patience.lost_s(num_new, streaming):
+        if waited_s + TICK_S >= self._patience.lost_s(num_new, streaming):
             return "lost"
-        return "overdue" if waited_s >= self._patience.overdue_s(num_new, streaming) else None
+        return "overdue" if waited_s + TICK_S >= self._patience.overdue_s(num_new, streaming) else None
 
     def _waited(self, now_s: float) -> tuple[float, int, bool] | None:
         """For how long an answer has been waited for, to how many tokens, and whether it is a stream's next."""
@@ -518,7 +519,7 @@ class Pilot:
         if (waited := self._waited(now_s)) is not None:
             waited_s, num_new, streaming = waited
             limits = (self._patience.overdue_s(num_new, streaming), self._patience.lost_s(num_new, streaming))
-            times += [now_s - waited_s + limit for limit in limits if limit > waited_s]
+            times += [now_s - waited_s + limit for limit in limits if limit > waited_s + TICK_S]
         if self._lost_s is not None and not self._offline:
             times.append(self._retry.spent_at_s(self._lost_s))
         return min(times, default=None)
