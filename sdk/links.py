@@ -54,8 +54,11 @@ def parse_link(text: str) -> Link:
 
 
 def _parse_trace(word: str) -> Link:
-    name, at, rtt = word.removeprefix("trace:").rpartition("@")
-    file = Path(name) if at else Path(rtt)
-    rtt_ms = parse_duration_ms(rtt) if at else TRACE_RTT_MS
-    read_trace(file)
-    return Link(f"{file.stem} {rtt_ms:g}ms", rtt_ms, trace=str(file))
+    text = word.removeprefix("trace:")
+    name, at, rtt = text.rpartition("@")
+    if not at or Path(text).is_file():
+        name, rtt_ms = text, TRACE_RTT_MS
+    else:
+        rtt_ms = parse_duration_ms(rtt)
+    read_trace(name)
+    return Link(f"{Path(name).stem} {rtt_ms:g}ms", rtt_ms, trace=name)

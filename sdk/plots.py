@@ -7,7 +7,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from edgecloud.bench import Arm, Bench, Cell
+from edgecloud.arms import Arm
+from edgecloud.bench import Bench
+from edgecloud.cells import Cell
 from edgecloud.errors import EdgecloudError
 from edgecloud.types import ModeSpan
 

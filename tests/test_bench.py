@@ -16,7 +16,9 @@ from pairs import ENTRY, Pair
 
 from edgecloud import bench as bench_module
 from edgecloud import bench_report, plots
-from edgecloud.bench import Arm, Bench, Sample, compare, parse_arms, regrets, summarize, survival
+from edgecloud.arms import Arm, check_distinct, parse_arms
+from edgecloud.bench import Bench, compare
+from edgecloud.cells import Sample, regrets, summarize, survival
 from edgecloud.cli.app import run
 from edgecloud.client import Client
 from edgecloud.errors import ConfigError, EdgecloudError
@@ -167,7 +169,7 @@ def test_the_measure_must_be_there_and_nothing_twice() -> None:
     with pytest.raises(ConfigError, match="twice"):
         parse_arms("cloud,cloud")
     with pytest.raises(ConfigError, match="twice"):
-        bench_module.check_links([parse_link("20ms"), parse_link("20")])
+        check_distinct("--links", [parse_link(text).name for text in ("20ms", "20")])
 
 
 def test_links_by_name_round_trip_and_trace(tmp_path: Path) -> None:
@@ -176,6 +178,8 @@ def test_links_by_name_round_trip_and_trace(tmp_path: Path) -> None:
     assert (lte.name, lte.rtt_ms + lte.jitter_ms, lte.up_mbps) == ("lte", 75, 30)
     trace = tmp_path / "bus.log"
     trace.write_text("0 5\n1 2\n")
+    (odd := tmp_path / "a@b.log").write_text("0 5\n")
+    assert parse_link(f"trace:{odd}").trace == str(odd)
     assert parse_link(f"trace:{trace}@75ms") == Link("bus 75ms", 75, trace=str(trace))
     assert parse_link(f"trace:{trace}").arguments("h:1")[-2:] == ["--trace", str(trace)]
 
