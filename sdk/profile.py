@@ -1,6 +1,7 @@
 """What this device, this link and that cloud can do: measured by asking them, and what follows for every mode.
 
-The predictions are those of the controller (edge/controller.py) and of sdk/cost.py, on medians of what was measured.
+The predictions are those of the controller (edge/controller.py) and of sdk/cost.py, on medians of what was measured. One thing was
+measured at a time: where device and cloud share a machine, or its memory, working at once makes both slower than predicted.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ class Profile:
 
 
 def run_profile(bundle: Path, connection: Connection | None, num_threads: int, *, remark: Callable[[str], None]) -> Profile:
-    """Measure for some ten seconds, and predict.
+    """Measure for half a minute or less, and predict.
 
     Raises:
         BundleError: the bundle cannot be used.
