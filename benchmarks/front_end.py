@@ -1,18 +1,18 @@
 """What front end, ZeroMQ and batcher add to a round: a model of next to no work behind a real service, 32 sessions.
 
 Each session verifies a draft of four every --every-ms, at times of its own. Added is what the client waits less the pass's
-own time, as the reply tells it; so the client's gRPC and loopback are in it. Service on one core, client on the other.
+own time, as the reply tells it: so the wait for others' passes, the client's gRPC and loopback are in it. Service on one core, all
+clients in a process of their own on the other; they make and read messages while the clock stands.
     python benchmarks/front_end.py --rounds 100
 """
 
 from __future__ import annotations
 
-import asyncio
-import os
 import random
 import shutil
 import statistics
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -20,10 +20,11 @@ import grpc
 import harness
 
 from edgecloud.bundle import Bundle
+from edgecloud.rpc import codec
 from edgecloud.rpc import edgecloud_pb2 as pb
-from edgecloud.rpc import edgecloud_pb2_grpc as pb_grpc
 
 NUM_SESSIONS = 32
+VERIFY = f"/{codec.SERVICE_NAME}/Verify"
 
 
 def next_to_nothing(folder: Path, tokenizer: Path) -> Path:
@@ -39,40 +40,54 @@ def next_to_nothing(folder: Path, tokenizer: Path) -> Path:
     return folder
 
 
-async def session(stub: pb_grpc.VerificationStub, num_rounds: int, every_s: float, rng: random.Random) -> list[tuple[float, float]]:
-    """Rounds of one session.  -> (ms added, ms of the pass) of each"""
+def session(channel: grpc.Channel, number: int, num_rounds: int, every_s: float, added: list[tuple[float, float]]) -> None:
+    """Rounds of one session. Adds (ms added, ms of the pass) of each."""
+    verify = channel.unary_unary(VERIFY)  # bytes for bytes: messages are made before the clock starts, and read after it stops
+    rng = random.Random(number)
     session_id, tokens = rng.randbytes(16), [rng.randrange(512) for _ in range(100)]
-    took = []
-    await asyncio.sleep(rng.random() * every_s)
-    for _ in range(num_rounds + 5):
-        request = pb.VerifyRequest(session_id=session_id, context_ids=tokens, draft_ids=[rng.randrange(512) for _ in range(4)])
+    time.sleep(rng.random() * every_s)
+    for round_number in range(num_rounds + 5):
+        draft = [rng.randrange(512) for _ in range(4)]
+        request = pb.VerifyRequest(session_id=session_id, context_ids=tokens, draft_ids=draft).SerializeToString()
         start = time.perf_counter()
-        reply: pb.VerifyReply = await stub.Verify(request)  # type: ignore[misc]  # the stub is typed for the blocking kind
+        reply = verify(request)
         waited_ms = (time.perf_counter() - start) * 1e3
-        took.append((waited_ms - reply.compute_ms, reply.compute_ms))
-        await asyncio.sleep(every_s * (0.5 + rng.random()))
-    return took[5:]
+        compute_ms = pb.VerifyReply.FromString(reply).compute_ms
+        if round_number >= 5:
+            added.append((waited_ms - compute_ms, compute_ms))
+        time.sleep(every_s * (0.5 + rng.random()))
 
 
-async def measure(address: str, num_rounds: int, every_s: float) -> list[tuple[float, float]]:
-    async with grpc.aio.insecure_channel(address) as channel:
-        stub = pb_grpc.VerificationStub(channel)
-        sessions = (session(stub, num_rounds, every_s, random.Random(number)) for number in range(NUM_SESSIONS))
-        return [round_ for of_session in await asyncio.gather(*sessions) for round_ in of_session]
+def measure(address: str, num_rounds: int, every_s: float) -> list[tuple[float, float]]:
+    """In the worker: all sessions at once, each with a thread and a blocking call, as devices have.  -> rounds, in no order"""
+    added: list[tuple[float, float]] = []
+    with grpc.insecure_channel(address) as channel:
+        args = (num_rounds, every_s, added)
+        threads = [threading.Thread(target=session, args=(channel, number, *args)) for number in range(NUM_SESSIONS)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(added) == NUM_SESSIONS * num_rounds, "a session broke off; what it said is above"
+    return added
 
 
 def main() -> None:
     parser = harness.arguments(__doc__, __file__)
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--every-ms", type=float, default=200)
+    parser.add_argument("--worker", action="store_true", help="for this script's own use")
     options = parser.parse_args()
+    if options.worker:
+        harness.answer_requests(lambda **asked: {"rounds": measure(**asked)})
+        return
     bundle = Bundle.open(harness.find_bundle(options.bundle))
     cloud_cpu, device_cpu = harness.cores()
     with tempfile.TemporaryDirectory() as folder:
         model = next_to_nothing(Path(folder), bundle.file(bundle.tokenizer.path))
-        with harness.serving(model, cloud_cpu) as address:
-            os.sched_setaffinity(0, {device_cpu})
-            rounds = asyncio.run(measure(address, options.rounds, options.every_ms / 1e3))
+        with harness.serving(model, cloud_cpu) as address, harness.Worker([], device_cpu) as worker:
+            asked = {"address": address, "num_rounds": options.rounds, "every_s": options.every_ms / 1e3}
+            rounds = worker.ask(**asked)["rounds"]
     added = sorted(ms for ms, _ in rounds)
     p50, p99 = statistics.median(added), added[int(0.99 * len(added))]
     harness.report(

@@ -9,6 +9,7 @@ normal with deviation 3. `choice` is the part of a round that NumPy spends on th
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, cast
 from unittest.mock import patch
 
@@ -16,15 +17,21 @@ import harness
 import numpy as np
 
 from edgecloud.client import Client
+from edgecloud.edge.collaborate import collaborate
 from edgecloud.edge.drafter import ModelDrafter
+from edgecloud.edge.estimates import Estimates
 from edgecloud.edge.model import DraftModel
-from edgecloud.edge.remote import Cloud, RemoteVerifier
-from edgecloud.edge.retry import Timeout
-from edgecloud.edge.speculative import speculate
+from edgecloud.edge.patience import EstimatedPatience
+from edgecloud.edge.pilot import Pilot
+from edgecloud.edge.plan import Fixed, Plan
+from edgecloud.edge.remote import Cloud
+from edgecloud.edge.replicas import RemoteSession, Replicas
+from edgecloud.edge.retry import Retry, Timeout
 from edgecloud.generation import Generation
 from edgecloud.kernels.choice_numpy import choose
 from edgecloud.rpc import edgecloud_pb2 as pb
 from edgecloud.sampling import SamplingSettings
+from edgecloud.types import Round
 
 NUM_DRAFT_TOKENS = 4
 SETTINGS = {
@@ -53,7 +60,7 @@ class InstantStub:
         self.Verify = self
         self.num_calls = 0
 
-    def future(self, request: pb.VerifyRequest, timeout: float) -> InstantStub:
+    def future(self, request: pb.VerifyRequest, timeout: float, metadata: Any) -> InstantStub:
         request.SerializeToString()
         draft_ids = list(request.draft_ids)
         num_accepted = min(self.num_calls % (NUM_DRAFT_TOKENS + 1), len(draft_ids))
@@ -62,6 +69,12 @@ class InstantStub:
         reply = pb.VerifyReply(num_accepted=num_accepted, next_token_id=token, cached_length=1, compute_ms=1, target_passes=1)
         self._reply = reply.SerializeToString()
         return self
+
+    def add_done_callback(self, callback: Callable[[InstantStub], None]) -> None:
+        callback(self)
+
+    def cancel(self) -> None:
+        """Too late."""
 
     def result(self) -> pb.VerifyReply:
         return pb.VerifyReply.FromString(self._reply)
@@ -86,7 +99,21 @@ def measure(client: Client, num_context: int, num_rounds: int, sampling: Samplin
     max_new_tokens = num_rounds * (NUM_DRAFT_TOKENS + 1)
     generation = Generation(len(tokens), client.tokenizer.stream(), max_new_tokens, (0,), ("\x00never",))
     drafter = ModelDrafter(lambda: model, vocab_size)
-    rounds = speculate(tokens, drafter, RemoteVerifier(cloud), sampling, NUM_DRAFT_TOKENS, max_new_tokens, (0,))
+    estimates = Estimates.unknown()
+    pilot = Pilot(
+        tokens,
+        Fixed(Plan("speculative", NUM_DRAFT_TOKENS, max_in_flight=1)),
+        Retry(Timeout(), None, cloud.address),
+        EstimatedPatience(estimates, 0.0),
+        estimates.acceptance,
+        max_new_tokens=max_new_tokens,
+        stop_token_ids=(0,),
+        on_loss="wait",
+        met=NUM_DRAFT_TOKENS,
+    )
+    session = RemoteSession(Replicas([cloud]))
+    steps = collaborate(pilot, drafter, session, sampling, (0,), estimates, lambda: NUM_DRAFT_TOKENS)
+    rounds = (step for step in steps if isinstance(step, Round))
     times_ms = []
     with patch("edgecloud.edge.drafter.choose", timed_choose):
         for number in range(num_rounds):

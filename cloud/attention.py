@@ -28,7 +28,14 @@ class AttentionForm(NamedTuple):
     heads: int
     kv_heads: int
     head_dim: int
-    plain: bool  # neither a sliding window nor a soft cap
+    scaling: float
+    sliding_window: int | None
+    softcap: float | None
+
+    @property
+    def plain(self) -> bool:
+        """Neither a sliding window nor a soft cap."""
+        return self.sliding_window is None and self.softcap is None
 
 
 class KVPool:
@@ -41,7 +48,7 @@ class KVPool:
 
     def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots
-        self.forms: set[AttentionForm] = set()  # that were asked for
+        self.forms: dict[int, AttentionForm] = {}  # what each layer asked for
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,17 +143,26 @@ def paged_attention(
     assert attention_mask is None, "packed batches carry their own mask"
     assert dropout == 0.0, "the target is never trained here"
     layer: int = module.layer_idx  # type: ignore[assignment]  # transformers sets it on every attention module
-    num_rows = len(paged_batch.slots)
-    keys, values = paged_batch.pool.write(layer, paged_batch.slots, key[0, :, :num_rows], value[0, :, :num_rows])
-    rows = query[0, :, :num_rows].transpose(0, 1).contiguous()
-    plain = sliding_window is None and softcap is None
-    paged_batch.pool.forms.add(AttentionForm(query.shape[1], key.shape[1], query.shape[3], plain))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    attend = backend_for(query.device.type).ragged_paged_attention
-    out = attend(rows, keys, values, paged_batch.segments, scale, sliding_window, softcap)
-    if extra := query.shape[2] - num_rows:
-        out = F.pad(out, (0, 0, 0, 0, 0, extra))
-    return out.unsqueeze(0), None
+    form = AttentionForm(query.shape[1], key.shape[1], query.shape[3], scale, sliding_window, softcap)
+    paged_batch.pool.forms[layer] = form
+    rows, keys, values = (heads[0].transpose(0, 1) for heads in (query, key, value))
+    return attend(layer, rows.contiguous(), keys, values, form, paged_batch).unsqueeze(0), None
+
+
+def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, form: AttentionForm, batch: PagedBatch) -> Tensor:
+    """Store the rows' keys and values in the layer's pool, and let them attend to their contexts there.
+
+    query: [rows, heads, head_dim], every row contiguous; key, value: [rows, kv_heads, dim]  -> [rows, heads, value_dim]
+    """
+    num_rows = len(batch.slots)
+    extra = query.shape[0] - num_rows
+    if extra:
+        query, key, value = query[:num_rows], key[:num_rows], value[:num_rows]
+    keys, values = batch.pool.write(layer, batch.slots, key.transpose(0, 1), value.transpose(0, 1))
+    kernel = backend_for(query.device.type).ragged_paged_attention
+    out = kernel(query, keys, values, batch.segments, form.scaling, form.sliding_window, form.softcap)
+    return F.pad(out, (0, 0, 0, 0, 0, extra)) if extra else out
 
 
 def register() -> None:

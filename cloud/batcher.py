@@ -9,13 +9,11 @@ from dataclasses import dataclass, field
 from edgecloud.cloud.attention import Rows
 from edgecloud.cloud.pages import OutOfPagesError
 from edgecloud.cloud.pass_cost import PassCostFit
+from edgecloud.cloud.prompt_room import PromptRoom
 from edgecloud.cloud.sessions import OverQuotaError, Session, SessionStore
 from edgecloud.cloud.work import Answer, Extend
 
 SHORT_ROWS = 48  # a request of at most this many rows goes before longer ones
-STRETCH = 1.4  # a prompt may make the pass of others this much longer
-SMALLEST_CHUNK_ROWS = 8  # and gets on by at least so much
-UNTRIED_CHUNK_ROWS = 64  # while it is not known what a row costs
 
 
 @dataclass(slots=True, eq=False)
@@ -89,7 +87,7 @@ class Batcher:
 
     Short requests (a draft, the next token of a decode) go before prompts. Among either kind the tenant that has had the fewest
     rows comes first, then who has the least slack before the deadline, then who has waited longest. Prompts take the rows that
-    are left, as many as keep the pass within `STRETCH` of what it would have taken without them.
+    are left, as many as keep the pass within a bound of what it would have taken without them (prompt_room.py).
 
     A job that has nothing cached yet takes the pages of what its tenant's others have read. While one of those is still reading
     what it could take, it waits.
@@ -100,6 +98,7 @@ class Batcher:
         self._max_rows = max_rows
         self._fewest_shared = fewest_shared  # tokens
         self._fit = fit
+        self._prompt_room = PromptRoom(fit)
         self._rows_had: dict[str, float] = {}  # by tenant, since it last was idle
 
     def plan(self, jobs: Sequence[Job], now_s: float) -> Plan:
@@ -115,6 +114,14 @@ class Batcher:
         for job in jobs:
             job.starved = job in plan.starved or job in plan.over_quota
         return plan
+
+    def observe(self, shares: Sequence[Share], took_ms: float) -> None:
+        """Learn from a pass, before its jobs go on."""
+        num_rows = sum(share.num_rows for share in shares)
+        num_context = sum(share.stop for share in shares)
+        num_prompt = sum(share.num_rows for share in shares if share.job.is_prompt)
+        self._fit.observe(num_rows, num_context, took_ms)
+        self._prompt_room.observe(num_rows - num_prompt, num_prompt, num_context, took_ms)
 
     def _waits_for_others(self, job: Job, jobs: Sequence[Job]) -> bool:
         """Take what others have read, or wait: whether one of its tenant is about to have read enough more to be worth it.
@@ -174,15 +181,10 @@ class Batcher:
         """Rows beside those already planned."""
         num_rows = sum(share.num_rows for share in shares)
         room = self._max_rows - num_rows
-        if not shares:
+        if not shares or not prompts:
             return room
-        if not self._fit.is_trusted:
-            return min(room, UNTRIED_CHUNK_ROWS)
-        cost = self._fit.cost
-        alone_ms = self._fit.predict_ms(num_rows, sum(share.stop for share in shares))
-        spare_ms = (STRETCH - 1) * alone_ms
-        spare_ms -= cost.per_context_token_ms * max((job.open_session.table.length for job in prompts), default=0)
-        return min(room, max(SMALLEST_CHUNK_ROWS, int(spare_ms / max(cost.per_token_ms, 1e-3))))
+        num_read = max(job.open_session.table.length for job in prompts)
+        return min(room, self._prompt_room.rows(num_rows, sum(share.stop for share in shares), num_read))
 
     def _welcome(self, tenants: set[str]) -> None:
         """A tenant that comes back starts level with the one that had least: idleness earns no credit."""

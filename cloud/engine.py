@@ -129,7 +129,7 @@ class Engine:
                 self._finish(share.job, Failed(f"{type(error).__name__}: {error}"))
             return
         compute_ms = (time.perf_counter() - started) * 1e3
-        self._fit.observe(sum(share.num_rows for share in shares), sum(share.stop for share in shares), compute_ms)
+        self._batcher.observe(shares, compute_ms)
         at = 0
         for share in shares:
             share.job.choices += choices[at : at + share.num_choices]

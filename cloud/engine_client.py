@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Protocol
 
-import zmq
-import zmq.asyncio
-
 from edgecloud.cloud.messages import Answers, Cancel, Release, Submit, ToEngine, decode_from_engine, encode
+from edgecloud.cloud.pair_socket import PairSocket
 from edgecloud.cloud.work import Answer, EngineLoad, Extend, Extended, Gone
 
 
 class AsyncEngine(Protocol):
     """What the service needs of an engine."""
 
-    def extend(self, request: Extend) -> AsyncIterator[Answer]:
+    def extend(self, request: Extend) -> AsyncGenerator[Answer, None]:
         """Answers of one request, in order; leaving the iterator cancels it."""
         ...
 
@@ -33,7 +31,7 @@ class AsyncEngine(Protocol):
 class EngineClient:
     """An engine at the other end of a socket."""
 
-    def __init__(self, socket: zmq.asyncio.Socket, load: EngineLoad) -> None:
+    def __init__(self, socket: PairSocket, load: EngineLoad) -> None:
         self._socket = socket
         self._load = load
         self._numbers = itertools.count()
@@ -41,7 +39,7 @@ class EngineClient:
         self._gone: str | None = None
         self.has_answered = False
 
-    async def extend(self, request: Extend) -> AsyncIterator[Answer]:
+    async def extend(self, request: Extend) -> AsyncGenerator[Answer, None]:
         """Send the request and pass its answers on as they come."""
         if self._gone is not None:
             yield Gone(self._gone)
@@ -93,4 +91,4 @@ class EngineClient:
 
     def _send(self, message: ToEngine) -> None:
         if self._gone is None:
-            self._socket.send(encode(message))  # queued by ZeroMQ without a limit: requests are limited before they come here
+            self._socket.send(encode(message))

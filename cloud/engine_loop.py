@@ -26,7 +26,8 @@ class EngineLoop:
     def run(self) -> None:
         """Serve. A bug of the engine ends it with that exception: whoever watches the process starts another."""
         while os.getppid() == self._parent:
-            self._socket.poll(0 if self._engine.has_work else IDLE_CHECK_MS)
+            if not self._engine.has_work:
+                self._socket.poll(IDLE_CHECK_MS)
             while (message := self._receive()) is not None:
                 if isinstance(message, Stop):
                     return
@@ -35,10 +36,9 @@ class EngineLoop:
             self._send()
 
     def _receive(self) -> ToEngine | None:
-        try:
-            message: ToEngine = decode_to_engine(self._socket.recv(zmq.NOBLOCK))
-        except zmq.Again:
+        if not int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:  # to ask takes less than to be refused
             return None
+        message: ToEngine = decode_to_engine(self._socket.recv(zmq.NOBLOCK))
         return message
 
     def _take(self, message: ToEngine) -> None:

@@ -5,6 +5,7 @@ Started by supervisor.py as `python -m edgecloud.cloud.engine_process ENDPOINT`.
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 from collections.abc import Callable
@@ -58,6 +59,7 @@ def _load(start: Start, socket: zmq.Socket[bytes]) -> Callable[[], None]:
     )
     dtype = str(target.dtype).removeprefix("torch.")
     loop = EngineLoop(engine, socket, start.parent)
+    gc.freeze()  # what torch and transformers left is here to stay: a collection that walks it stops everybody for 100 ms
     socket.send(encode(Ready(MESSAGES_VERSION, target.vocab_size, engine.max_context_tokens, dtype, target.exact, engine.load)))
     return loop.run
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from edgecloud.cloud.attention import PAGED_ATTENTION, PagedBatch, register, tensor_ids
+from edgecloud.cloud.layers import fuse
 from edgecloud.cloud.projections import pack, padded_rows
 from edgecloud.cloud.trial import Trial
 from edgecloud.cloud.weights import check_safetensors
@@ -96,11 +98,12 @@ class TargetModel:
             self._model.set_attn_implementation(PAGED_ATTENTION)
         difference = (paged.float() - stock.float()).square().mean().sqrt().item()
         spread = stock.float().std().item()
-        if not difference <= PROBE_TOLERANCE[self.dtype] * max(spread, 1e-3):
+        if not math.isfinite(spread) or not difference <= PROBE_TOLERANCE[self.dtype] * max(spread, 1e-3):
             raise ModelError(
                 f"{self.folder}: logits of the paged path differ from the stock model's by {difference:.3g} "
                 f"(spread {spread:.3g}); this architecture ({self._model.config.model_type}) is not supported as a target"
             )
+        self.num_fused_layers = fuse(self._model, trial.pool.forms, lambda: trial.spread(self.max_context_tokens))
         self.exact = "bitwise" if self._rows_are_independent and trial.is_invariant(paged) else "tolerance"
         return trial.pool.bytes_per_slot
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -198,6 +199,7 @@ async def _serve(
         with _scraped(metrics, config) as metrics_port:
             async with port_open as listener:
                 engine.on_change = listener.health.set_serving
+                gc.freeze()  # what was imported stays: collections need not walk it
                 for number in (signal.SIGINT, signal.SIGTERM):
                     asyncio.get_running_loop().add_signal_handler(number, stop)
                 on_serving(

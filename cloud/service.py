@@ -103,7 +103,7 @@ class VerificationService(pb_grpc.VerificationServicer):
         """One draft, one verdict."""
         extend = await self._accept(request, context)
         with self._place("Verify", extend) as extended:
-            async with aclosing(self._engine.extend(extend)) as answers:  # type: ignore[type-var]  # an async generator
+            async with aclosing(self._engine.extend(extend)) as answers:
                 async for answer in answers:
                     if not isinstance(answer, Extended):
                         await _abort(context, answer)
@@ -130,7 +130,7 @@ class VerificationService(pb_grpc.VerificationServicer):
         first = True
         try:
             with self._place("Decode", extend) as extended:
-                async with aclosing(self._engine.extend(extend)) as answers:  # type: ignore[type-var]
+                async with aclosing(self._engine.extend(extend)) as answers:
                     async for answer in answers:
                         if not isinstance(answer, Extended):
                             await _abort(context, answer)

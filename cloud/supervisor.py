@@ -7,17 +7,17 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
 import zmq
-import zmq.asyncio
 
 from edgecloud import errors
 from edgecloud.cloud.engine_client import EngineClient
 from edgecloud.cloud.messages import MESSAGES_VERSION, EngineConfig, Ready, Start, StartFailed, Stop, decode_from_engine, encode
+from edgecloud.cloud.pair_socket import PairSocket
 from edgecloud.cloud.work import Answer, EngineLoad, Extend, Gone
 from edgecloud.errors import ServerError
 
@@ -38,7 +38,7 @@ class Supervisor:
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
-        self._context = zmq.asyncio.Context()
+        self._context = zmq.Context["zmq.Socket[bytes]"]()
         self._folder = tempfile.TemporaryDirectory(prefix="edgecloud-")  # readable by this user alone, and so are its sockets
         self._num_started = 0
         self._client: EngineClient | None = None
@@ -65,14 +65,9 @@ class Supervisor:
             await self._keeper
         self._close()
 
-    async def extend(self, request: Extend) -> AsyncIterator[Answer]:
+    def extend(self, request: Extend) -> AsyncGenerator[Answer, None]:
         """Answers of one request, in order; leaving the iterator cancels it."""
-        if self._client is None:
-            yield Gone("the engine is starting again")
-            return
-        async with aclosing(self._client.extend(request)) as answers:  # type: ignore[type-var]  # an async generator
-            async for answer in answers:
-                yield answer
+        return _nobody() if self._client is None else self._client.extend(request)
 
     def release(self, session_id: bytes) -> None:
         """Forget a session."""
@@ -84,14 +79,11 @@ class Supervisor:
         """As it was after the last pass."""
         return self._load if self._client is None else self._client.load
 
-    async def _start(self) -> tuple[asyncio.subprocess.Process, zmq.asyncio.Socket, Ready]:
+    async def _start(self) -> tuple[asyncio.subprocess.Process, PairSocket, Ready]:
         """A new process on a socket of its own, so that nothing of an older one can be taken for its answer."""
         self._num_started += 1
         endpoint = f"ipc://{self._folder.name}/{self._num_started}"
-        socket = self._context.socket(zmq.PAIR)
-        socket.set_hwm(0)
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.bind(endpoint)
+        socket = PairSocket(self._context, endpoint)
         # -P: the working folder must not come before the packages that it may hold a namesake of
         command = [sys.executable, "-P", "-m", "edgecloud.cloud.engine_process", endpoint]
         process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL)
@@ -105,7 +97,7 @@ class Supervisor:
             socket.close()
             raise
 
-    async def _keep(self, process: asyncio.subprocess.Process, socket: zmq.asyncio.Socket, ready: Ready) -> None:
+    async def _keep(self, process: asyncio.subprocess.Process, socket: PairSocket, ready: Ready) -> None:
         """Serve with this process, and with another one after it, until cancelled."""
         backoff_s = FIRST_BACKOFF_S
         while True:
@@ -121,7 +113,7 @@ class Supervisor:
                 else:
                     break
 
-    async def _serve(self, process: asyncio.subprocess.Process, socket: zmq.asyncio.Socket, ready: Ready) -> bool:
+    async def _serve(self, process: asyncio.subprocess.Process, socket: PairSocket, ready: Ready) -> bool:
         """Pass messages on until the process ends.  -> whether it was of any use before"""
         client = EngineClient(socket, ready.load)
         receiving = asyncio.create_task(client.receive())
@@ -154,7 +146,7 @@ class Supervisor:
         self._folder.cleanup()
 
 
-async def _readiness(process: asyncio.subprocess.Process, socket: zmq.asyncio.Socket) -> Ready:
+async def _readiness(process: asyncio.subprocess.Process, socket: PairSocket) -> Ready:
     """What the process says first. Raises what it could not start for."""
     said = asyncio.ensure_future(socket.recv())
     ended = asyncio.create_task(process.wait())
@@ -171,6 +163,11 @@ async def _readiness(process: asyncio.subprocess.Process, socket: zmq.asyncio.So
             raise getattr(errors, name)(reason)
         case other:
             raise ServerError(f"the engine's process speaks another version: {other}; install edgecloud again")
+
+
+async def _nobody() -> AsyncGenerator[Answer, None]:
+    """In the place of an engine's answers."""
+    yield Gone("the engine is starting again")
 
 
 def _ignore(_: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -46,11 +47,22 @@ class Trial:
         neighbour.release()
         return torch.cat(got)
 
+    def spread(self, window: int) -> None:
+        """Passes over several rows and over one, which lie as far from each other as positions go; what they say is of no use."""
+        positions = torch.linspace(0, window - 1, NUM_TOKENS, dtype=torch.float64).long().to(self._device)
+        for rows in (slice(0, NUM_TOKENS - 1), slice(NUM_TOKENS - 1, None)):
+            table = PageTable(self._pages)
+            ids = self.ids[rows]
+            table.reserve(len(ids))
+            batch = pack([Rows(table, 0, ids, len(ids))], self.pool, self._device)
+            self._forward(replace(batch, position_ids=positions[None, rows]))
+            table.release()
+
     def is_invariant(self, logits: Tensor) -> bool:
         """Whether other chunks, company and places in the pool give the same bits, over short contexts and long ones."""
         dtype = logits.dtype
         return all(torch.equal(self.logits(chunks, self.ids[:3]), logits) for chunks in PACKINGS) and all(
-            form.plain and _is_invariant(form, dtype, self._device) for form in self.pool.forms
+            form.plain and _is_invariant(form, dtype, self._device) for form in set(self.pool.forms.values())
         )
 
 

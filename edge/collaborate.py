@@ -10,8 +10,23 @@ from queue import Empty, SimpleQueue
 
 from edgecloud.edge.courier import Courier, Letter
 from edgecloud.edge.estimates import Estimates
-from edgecloud.edge.pilot import Action, Cancel, Decode, Draft, Drafted, Failed, Happening, Meet, Met, Pilot, Step, Tick, Verify
-from edgecloud.edge.remote import RemoteVerifier
+from edgecloud.edge.pilot import (
+    Action,
+    Cancel,
+    Decode,
+    Draft,
+    Drafted,
+    Failed,
+    Happening,
+    Hedge,
+    Meet,
+    Met,
+    Pilot,
+    Step,
+    Tick,
+    Verify,
+)
+from edgecloud.edge.replicas import RemoteSession
 from edgecloud.errors import CloudError, DeadlineExceededError
 from edgecloud.protocols import Drafter
 from edgecloud.sampling import SamplingSettings
@@ -20,7 +35,7 @@ from edgecloud.sampling import SamplingSettings
 def collaborate(
     pilot: Pilot,
     drafter: Drafter,
-    session: RemoteVerifier,
+    session: RemoteSession,
     sampling: SamplingSettings,
     stop_token_ids: Collection[int],
     estimates: Estimates,
@@ -70,6 +85,8 @@ def _carry_out(action: Action, courier: Courier, device: _Device, meet: Callable
             courier.verify(action)
         case Decode():
             courier.decode(action)
+        case Hedge(call):
+            courier.hedge(call)
         case Cancel():
             courier.cancel(action)
         case Meet():

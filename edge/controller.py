@@ -66,8 +66,8 @@ class Controller:
         survival = known.acceptance.survival(lengths[-1])
         arms = [Arm(Plan("cloud", 0), Price(known.cloud.stream_ms(context_tokens), 1.0))]
         for length in lengths:
-            verify_ms = known.cloud.verify_ms(length + 1, context_tokens)
-            price = overlapped(survival, length, step_ms, rtt_ms, verify_ms, MAX_IN_FLIGHT)
+            pass_ms = known.cloud.pass_ms(length + 1, context_tokens)
+            price = overlapped(survival, length, step_ms, rtt_ms, pass_ms, MAX_IN_FLIGHT, known.cloud.queue_ms)
             arms.append(Arm(Plan("speculative", length), price))
         return arms
 

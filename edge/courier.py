@@ -5,19 +5,31 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
 
 from edgecloud.edge.estimates import Estimates
 from edgecloud.edge.pilot import Cancel, Decode, Failed, Happening, Judged, Streamed, Verify
-from edgecloud.edge.remote import RemoteVerifier, TokenStream, cost_of
-from edgecloud.errors import CloudError, ProtocolError
+from edgecloud.edge.remote import Cloud, TokenStream, cost_of
+from edgecloud.edge.replicas import RemoteSession
+from edgecloud.errors import CloudError, CloudOverloadedError, CloudUnavailableError, ProtocolError
 from edgecloud.rpc import codec
 from edgecloud.sampling import SamplingSettings
-from edgecloud.types import CallCost
 
 Letter = Callable[[], Happening | None]  # read on the pilot's thread, so that only that thread knows the session
+
+
+@dataclass(frozen=True, slots=True)
+class _Trip:
+    """A request and its answer, as the device saw them."""
+
+    elapsed_s: float
+    uplink_bytes: int
+    num_rows: int  # that the service had to compute
+    was_idle: bool  # the link, before
+    conditional: bool
 
 
 class Courier:
@@ -25,109 +37,144 @@ class Courier:
 
     def __init__(
         self,
-        session: RemoteVerifier,
+        session: RemoteSession,
         sampling: SamplingSettings,
         stop_token_ids: Collection[int],
         estimates: Estimates,
         post: Callable[[Letter], None],
     ) -> None:
         self._session = session
+        self._replicas = session.replicas
         self._sampling = sampling
         self._wire_sampling = codec.sampling_to_wire(sampling)
         self._stop_token_ids = stop_token_ids
         self._estimates = estimates
         self._post = post
-        self._calls: dict[int, Any] = {}  # under way
+        self._calls: dict[int, list[Any]] = {}  # under way; several futures where a second service was asked
+        self._orders: dict[int, tuple[Verify | Decode, Cloud]] = {}  # of these, what was asked of whom
 
     def verify(self, order: Verify) -> None:
         """Send a draft."""
-        request = self._session.verify_request(order.tokens, order.draft_ids, self._wire_sampling, order.num_assumed)
-        uplink_bytes, asked = request.ByteSize(), time.perf_counter()
-        was_idle = self._estimates.link.sent_to_idle(time.monotonic())
-        future = self._session.verify_future(request)
-        self._calls[order.call] = future
+        cloud = self._choose()
+        self._orders[order.call] = order, cloud
+        self._send(order, cloud, order.num_assumed)
 
-        def arrived(ended: Any) -> None:
-            elapsed_s = time.perf_counter() - asked
-            self._post(lambda: self._judge(order, ended, elapsed_s, uplink_bytes, was_idle))
-
-        future.add_done_callback(arrived)
+    def hedge(self, call: int) -> None:
+        """Ask another service for the same, with all of the context. Without another nothing happens."""
+        if call not in self._orders:
+            return
+        order, asked = self._orders[call]
+        other = self._replicas.choose(time.monotonic(), but=asked)
+        if other is not None and isinstance(order, Verify):
+            self._send(order, other, None)
+        elif other is not None and isinstance(order, Decode):  # from its first token on: what has come before is known already
+            self._open(order, other)
 
     def decode(self, order: Decode) -> None:
         """Open a stream."""
+        cloud = self._choose()
+        self._orders[order.call] = order, cloud
+        self._open(order, cloud)
+
+    def _open(self, order: Decode, cloud: Cloud) -> None:
         was_idle = self._estimates.link.sent_to_idle(time.monotonic())
-        stream = self._session.stream(order.tokens, order.max_new_tokens, self._sampling, self._stop_token_ids)
-        self._calls[order.call] = stream.call
+        session = self._session.on(cloud)
+        stream = session.stream(order.tokens, order.max_new_tokens, self._sampling, self._stop_token_ids)
+        self._calls.setdefault(order.call, []).append(stream.call)
 
         def read() -> None:
             try:
                 for reply in stream.call:
                     came = time.perf_counter()
-                    self._post(lambda reply=reply, came=came: self._take(order.call, stream, reply, came, was_idle))  # type: ignore[misc]
+                    self._post(lambda reply=reply, came=came: self._take(order.call, stream, cloud, reply, came, was_idle))  # type: ignore[misc]
             except grpc.RpcError as error:
-                self._post(lambda error=error: self._fail(order.call, error, conditional=False))  # type: ignore[misc]
+                self._post(lambda error=error: self._fail(order.call, stream.call, cloud, error))  # type: ignore[misc]
             else:
-                self._post(lambda: self._end(order, stream))
+                self._post(lambda: self._end(order, stream, cloud))
 
         threading.Thread(target=read, name="stream", daemon=True).start()
 
     def cancel(self, order: Cancel) -> None:
         """Nobody waits for this call any more."""
-        if (call := self._calls.pop(order.call, None)) is not None:
+        self._orders.pop(order.call, None)
+        for call in self._calls.pop(order.call, []):
             call.cancel()
 
     def close(self) -> None:
         """Cancel what is under way."""
         while self._calls:
-            self._calls.popitem()[1].cancel()
+            for call in self._calls.popitem()[1]:
+                call.cancel()
 
-    def _judge(self, order: Verify, ended: Any, elapsed_s: float, uplink_bytes: int, was_idle: bool) -> Happening | None:
-        if order.call not in self._calls:
+    def _choose(self) -> Cloud:
+        cloud = self._replicas.choose(time.monotonic())
+        assert cloud is not None
+        return cloud
+
+    def _send(self, order: Verify, cloud: Cloud, num_assumed: int | None) -> None:
+        session = self._session.on(cloud)
+        request = session.verify_request(order.tokens, order.draft_ids, self._wire_sampling, num_assumed)
+        uplink_bytes, asked = request.ByteSize(), time.perf_counter()
+        num_rows = len(order.draft_ids) + max(1, len(request.context_ids))
+        was_idle = self._estimates.link.sent_to_idle(time.monotonic())
+        future = session.verify_future(request)
+        self._calls.setdefault(order.call, []).append(future)
+
+        def arrived(ended: Any) -> None:
+            elapsed_s = time.perf_counter() - asked
+            trip = _Trip(elapsed_s, uplink_bytes, num_rows, was_idle, conditional=num_assumed is not None)
+            self._post(lambda: self._judge(order, cloud, ended, trip))
+
+        future.add_done_callback(arrived)
+
+    def _judge(self, order: Verify, cloud: Cloud, ended: Any, trip: _Trip) -> Happening | None:
+        if ended not in self._calls.get(order.call, []):
             return None
-        conditional = order.num_assumed is not None
         try:
             reply = ended.result()
         except grpc.RpcError as error:
-            return self._fail(order.call, error, conditional=conditional)
-        del self._calls[order.call]
-        cost = cost_of(reply, elapsed_s, uplink_bytes)
+            return self._fail(order.call, ended, cloud, error, conditional=trip.conditional)
+        cost = cost_of(reply, trip.elapsed_s, trip.uplink_bytes)
         try:
-            verdict = self._session.judged(order.tokens, order.draft_ids, reply, cost)
+            verdict = self._session.on(cloud).judged(order.tokens, order.draft_ids, reply, cost)
         except ProtocolError as error:
             return Failed(order.call, error)
-        self._learn(cost, was_idle)
-        if not conditional and reply.HasField("load"):
-            self._estimates.cloud.verified(len(order.draft_ids) + 1, cost)
+        self._calls[order.call].remove(ended)
+        if (asked := self._orders[order.call][1]) is not cloud:  # the other one is still silent
+            self._replicas.failed(asked, time.monotonic())
+        self.cancel(Cancel(order.call))  # what else was asked for the same
+        self._replicas.answered(cloud)
+        self._estimates.judged(
+            trip.num_rows, cost, cloud.load, time.monotonic(), was_idle=trip.was_idle, conditional=trip.conditional
+        )
         return Judged(order.call, verdict)
 
-    def _take(self, call: int, stream: TokenStream, reply: Any, came: float, was_idle: bool) -> Happening | None:
+    def _take(self, call: int, stream: TokenStream, cloud: Cloud, reply: Any, came: float, was_idle: bool) -> Happening | None:
         if call not in self._calls:
             return None
         round_ = stream.take(reply, came)
-        if round_.cost.uplink_bytes:
-            self._learn(round_.cost, was_idle)
-        else:
-            self._estimates.link.heard(time.monotonic())
-            self._estimates.cloud.streamed(round_.cost.elapsed_ms)
-        return Streamed(call, round_.token_ids, round_.cost)
+        self._replicas.answered(cloud)
+        self._estimates.streamed(round_.cost, cloud.load, time.monotonic(), was_idle=was_idle)
+        return Streamed(call, len(stream.tokens) - len(round_.token_ids), round_.token_ids, round_.cost)
 
-    def _end(self, order: Decode, stream: TokenStream) -> Happening | None:
+    def _end(self, order: Decode, stream: TokenStream, cloud: Cloud) -> Happening | None:
         """A stream that ends has given all that was asked for, or a stop token."""
-        if self._calls.pop(order.call, None) is None:
+        if order.call not in self._calls:
             return None
+        self.cancel(Cancel(order.call))
         missing = order.max_new_tokens - (len(stream.tokens) - len(order.tokens))
         if missing and stream.tokens[-1] not in self._stop_token_ids:
-            return Failed(order.call, ProtocolError(f"{self._session.address} ended a stream {missing} tokens early"))
+            return Failed(order.call, ProtocolError(f"{cloud.address} ended a stream {missing} tokens early"))
         return None
 
-    def _fail(self, call: int, error: grpc.RpcError, *, conditional: bool) -> Happening | None:
-        if self._calls.pop(call, None) is None:
+    def _fail(self, call: int, ended: Any, cloud: Cloud, error: grpc.RpcError, *, conditional: bool = False) -> Happening | None:
+        if ended not in self._calls.get(call, []):
             return None
-        failure: CloudError = self._session.learned(error, conditional=conditional)
+        failure: CloudError = self._session.on(cloud).learned(error, conditional=conditional)
+        if isinstance(failure, CloudUnavailableError | CloudOverloadedError):
+            self._replicas.failed(cloud, time.monotonic())
+        self._calls[call].remove(ended)
+        if self._calls[call]:  # another service may still answer
+            return None
+        self.cancel(Cancel(call))
         return Failed(call, failure)
-
-    def _learn(self, cost: CallCost, was_idle: bool) -> None:
-        round_trip_ms = cost.elapsed_ms - cost.queue_ms - cost.compute_ms
-        self._estimates.link.add(round_trip_ms, cost.uplink_bytes, time.monotonic(), was_idle=was_idle)
-        if self._session.load is not None:
-            self._estimates.cloud.tell(self._session.load)

@@ -19,11 +19,10 @@ MAX_POSITION = 16  # draft positions told apart
 PRIOR_ACCEPTANCE, PRIOR_WEIGHT = 0.6, 4.0  # as of so many tokens
 POOLED_WEIGHT = 8.0  # a position's own count against that of all positions
 MEMORY_TOKENS = 200.0  # after so many tokens an observation counts 1/e
+SHARED = 0.6  # of a pass's change, in the exponent, that passes of other sizes are taken to share
 SMALL_BYTES = 2048  # a request that takes no time on the line worth knowing
-ALARM_TOKENS, ALARM_SHARE = (
-    64,
-    0.25,
-)  # of its usual acceptance, for so long: a stale draft
+USUAL_TOKENS = 2000.0  # what is usual follows this slowly
+ALARM_TOKENS, ALARM_SHARE = 64, 0.25  # of its usual acceptance, for so long: a stale draft
 
 
 class Smoothed:
@@ -107,8 +106,9 @@ class CloudEstimate:
 
     def __init__(self) -> None:
         self._load: ServiceLoad | None = None
-        self._excess = Smoothed()  # observed minus fitted, ms: queue, and the company in a pass
         self._streamed = Smoothed()  # between two tokens of a stream
+        self._gap = Smoothed()  # of that, what is no pass
+        self._queue = Smoothed()  # before a verification that waits for none of ours
         self._passes: dict[int, Smoothed] = {}  # by number of rows: the time of a pass is a staircase, no line
 
     @property
@@ -120,13 +120,29 @@ class CloudEstimate:
         """A reply brought the service's own fit."""
         self._load = load
 
-    def verified(self, num_rows: int, cost: CallCost) -> None:
-        """A verdict took this long in the service."""
-        self._passes.setdefault(min(num_rows, MAX_POSITION + 1), Smoothed()).add(cost.queue_ms + cost.compute_ms)
+    def verified(self, num_rows: int, cost: CallCost, *, conditional: bool) -> None:
+        """A verdict took this long in the service. One that read a prompt says nothing of drafts."""
+        if num_rows > MAX_POSITION + 1:
+            return
+        self._learn(num_rows, cost.compute_ms)
+        if not conditional:
+            self._queue.add(cost.queue_ms)
 
-    def streamed(self, interval_ms: float) -> None:
+    def streamed(self, cost: CallCost) -> None:
         """Two tokens of a stream came this far apart."""
-        self._streamed.add(interval_ms)
+        self._streamed.add(cost.elapsed_ms)
+        self._gap.add(cost.elapsed_ms - cost.compute_ms)
+        self._learn(1, cost.compute_ms)
+
+    def _learn(self, num_rows: int, compute_ms: float) -> None:
+        """What made this pass slower or faster, company in it, does the same to those not seen since."""
+        seen = self._passes.setdefault(num_rows, Smoothed())
+        before_ms = seen.mean
+        seen.add(compute_ms)
+        if before_ms and seen.mean:
+            for other in self._passes.values():
+                if other is not seen and other.mean is not None:
+                    other.mean *= (seen.mean / before_ms) ** SHARED
 
     def fitted_ms(self, num_rows: int, context_tokens: int) -> float:
         """The service's own fit; 0: it has none."""
@@ -136,8 +152,21 @@ class CloudEstimate:
         return load.pass_base_ms + load.pass_per_token_ms * num_rows + load.pass_per_context_token_ms * context_tokens
 
     def verify_ms(self, num_rows: int, context_tokens: int) -> float:
-        """Queue and pass of a verification of so many rows: as seen, else from the nearest seen and the fit's difference."""
-        seen = self._passes.get(min(num_rows, MAX_POSITION + 1))
+        """Queue and pass of a verification of so many rows."""
+        return self.pass_ms(num_rows, context_tokens) + self.queue_ms
+
+    def stream_ms(self, context_tokens: int) -> float:
+        """Between two tokens of a stream."""
+        return max(0.0, self.pass_ms(1, context_tokens) + (self._gap.mean or 0.0))
+
+    @property
+    def queue_ms(self) -> float:
+        """Before a pass, of a request that waits for none of ours."""
+        return self._queue.mean or 0.0
+
+    def pass_ms(self, num_rows: int, context_tokens: int) -> float:
+        """A pass with so many rows of ours: as seen, else from the nearest seen and the fit's difference."""
+        seen = self._passes.get(num_rows)
         if seen is not None and seen.mean is not None:
             return seen.mean
         fitted = self.fitted_ms(num_rows, context_tokens)
@@ -146,12 +175,6 @@ class CloudEstimate:
         nearest = min(self._passes, key=lambda rows: abs(rows - num_rows))
         mean = self._passes[nearest].mean or 0.0
         return max(mean / 2, mean + fitted - self.fitted_ms(nearest, context_tokens))
-
-    def stream_ms(self, context_tokens: int) -> float:
-        """Between two tokens of a stream."""
-        if self._streamed.mean is not None:
-            return self._streamed.mean
-        return self.verify_ms(1, context_tokens)
 
     @property
     def stream_deviation_ms(self) -> float:
@@ -181,7 +204,7 @@ class AcceptanceEstimate:
     def __init__(self) -> None:
         self._right = [0.0] * MAX_POSITION
         self._tried = [0.0] * MAX_POSITION
-        self._usual = Smoothed()
+        self._usual: float | None = None
         self._num_low = 0
 
     def add(self, position: int, accepted: bool) -> None:
@@ -193,9 +216,11 @@ class AcceptanceEstimate:
         self._tried[at] += 1
         self._right[at] += accepted
         rate = self.rate
-        self._num_low = self._num_low + 1 if self._usual.mean is not None and rate < ALARM_SHARE * self._usual.mean else 0
-        if self._num_low == 0:
-            self._usual.add(rate)
+        if self._usual is None:
+            self._usual = rate if sum(self._tried) >= ALARM_TOKENS else None
+            return
+        self._num_low = self._num_low + 1 if rate < ALARM_SHARE * self._usual else 0
+        self._usual += (rate - self._usual) / USUAL_TOKENS
 
     @property
     def rate(self) -> float:
@@ -226,6 +251,27 @@ class Estimates:
     cloud: CloudEstimate
     device: DeviceEstimate
     acceptance: AcceptanceEstimate
+
+    def answered(self, cost: CallCost, load: ServiceLoad | None, now_s: float, *, was_idle: bool) -> None:
+        """A request's first answer came, with the service's load if it was told."""
+        self.link.add(cost.elapsed_ms - cost.queue_ms - cost.compute_ms, cost.uplink_bytes, now_s, was_idle=was_idle)
+        if load is not None:
+            self.cloud.tell(load)
+
+    def judged(
+        self, num_rows: int, cost: CallCost, load: ServiceLoad | None, now_s: float, *, was_idle: bool, conditional: bool
+    ) -> None:
+        """A verdict came, of a pass over so many rows of ours. A conditional request's queue is the request before it."""
+        self.answered(cost, load, now_s, was_idle=was_idle)
+        self.cloud.verified(num_rows, cost, conditional=conditional)
+
+    def streamed(self, cost: CallCost, load: ServiceLoad | None, now_s: float, *, was_idle: bool) -> None:
+        """A token of a stream came."""
+        if cost.uplink_bytes:
+            self.answered(cost, load, now_s, was_idle=was_idle)
+        else:
+            self.link.heard(now_s)
+            self.cloud.streamed(cost)
 
     @classmethod
     def unknown(cls) -> Estimates:

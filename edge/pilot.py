@@ -55,9 +55,10 @@ class Judged:
 
 @dataclass(frozen=True, slots=True)
 class Streamed:
-    """Tokens of a stream, answer to `Decode`."""
+    """Tokens of a stream, answer to `Decode`; `start` tokens are before them."""
 
     call: int
+    start: int
     token_ids: list[int]
     cost: CallCost
 
@@ -114,13 +115,20 @@ class Decode:
 
 
 @dataclass(frozen=True, slots=True)
+class Hedge:
+    """An answer is late: ask another service, too, if there is one. The first answer counts."""
+
+    call: int
+
+
+@dataclass(frozen=True, slots=True)
 class Cancel:
     """Nobody waits for this call any more."""
 
     call: int
 
 
-Action = Draft | Meet | Verify | Decode | Cancel
+Action = Draft | Meet | Verify | Decode | Hedge | Cancel
 
 
 class Patience(Protocol):
@@ -151,6 +159,7 @@ class _Flight:
     sent_s: float
     conditional: bool
     verdict: Verdict | None = None  # it has come before the verdict on which it depends
+    hedged: bool = False
 
     @property
     def horizon(self) -> int:
@@ -163,6 +172,7 @@ class _Stream:
     call: int
     heard_s: float
     num_heard: int = 0
+    hedged: bool = False
 
 
 class Pilot:
@@ -246,8 +256,8 @@ class Pilot:
                 self._heard()
             case Judged(call, verdict):
                 self._take_verdict(call, verdict)
-            case Streamed(call, token_ids, cost):
-                self._take_streamed(call, token_ids, cost, now_s)
+            case Streamed(call, start, token_ids, cost):
+                self._take_streamed(call, start, token_ids, cost, now_s)
             case Failed(call, error):
                 self._take_failure(call, error, now_s)
             case Tick():
@@ -281,21 +291,27 @@ class Pilot:
             ids = [*accepted, first.verdict.next_token_id]
             self._settle(first.start, ids, "speculative", first.verdict.cost, len(first.draft_ids), first.verdict.num_accepted)
 
-    def _take_streamed(self, call: int, token_ids: list[int], cost: CallCost, now_s: float) -> None:
+    def _take_streamed(self, call: int, start: int, token_ids: list[int], cost: CallCost, now_s: float) -> None:
         self._heard()
         stream = self._stream
         if stream is None or stream.call != call:
             self.steps.append(Round([], "cloud", "final", cost=cost))
             return
+        if start > len(self.tokens):  # tokens are missing in between: ask again from here
+            self._close_stream()
+            return
         stream.heard_s = now_s
         stream.num_heard += 1
-        self._settle(len(self.tokens), token_ids, "cloud", cost)
+        self._settle(start, token_ids, "cloud", cost)
 
     def _take_failure(self, call: int | None, error: CloudError, now_s: float) -> None:
+        stream = self._stream
         if call is None:
             self._meeting = False
         elif not self._forget(call):
             return
+        if stream is not None and stream.call == call and stream.num_heard and isinstance(error, CloudUnavailableError):
+            return  # it got on and broke, at the time limit of a call for one: asked for again at once; that may fail
         if isinstance(error, ContextMissingError):
             self._take_refusal(call, error, now_s)
             return
@@ -364,6 +380,10 @@ class Pilot:
         if not self._offline:
             self._call(plan, now_s)
         late = self._lateness(now_s)
+        waiting = self._flights[0] if self._flights else self._stream if late == "lost" else None
+        if late is not None and waiting is not None and not waiting.hedged:
+            waiting.hedged = True
+            self.actions.append(Hedge(waiting.call))
         if late == "lost" and self._lost_s is None:
             if self._on_loss == "fail":
                 raise CloudUnavailableError("the cloud has not answered in time")

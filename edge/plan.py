@@ -18,12 +18,13 @@ class Plan:
     mode: Mode
     num_draft_tokens: int
     max_in_flight: int = MAX_IN_FLIGHT
+    num_shadow_tokens: int = SHADOW_TOKENS
 
     @property
     def lookahead(self) -> int:
         """Tokens that the device drafts beyond the last final one."""
         if self.mode == "cloud":
-            return SHADOW_TOKENS
+            return self.num_shadow_tokens
         return (self.num_draft_tokens + 1) * self.max_in_flight - 1
 
 

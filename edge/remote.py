@@ -80,6 +80,12 @@ class Cloud:
             raise ConfigError(
                 f"cloud is {address} without TLS: the token could be read on its way; give tls (--tls), or insecure (--insecure)"
             )
+        self._credentials = None if tls is None else channel_credentials(tls)
+        self._connect()
+        self._releases: set[Any] = set()  # under way
+        self.load: ServiceLoad | None = None  # the latest that any reply told
+
+    def _connect(self) -> None:
         options = [
             ("grpc.initial_reconnect_backoff_ms", 200),
             ("grpc.min_reconnect_backoff_ms", 200),
@@ -88,13 +94,26 @@ class Cloud:
             ("grpc.keepalive_timeout_ms", 10_000),
             ("grpc.use_local_subchannel_pool", 1),
         ]
-        if tls is None:
-            self._channel = grpc.insecure_channel(address, options)
+        if self._credentials is None:
+            self._channel = grpc.insecure_channel(self.address, options)
         else:
-            self._channel = grpc.secure_channel(address, channel_credentials(tls), options)
+            self._channel = grpc.secure_channel(self.address, self._credentials, options)
         self.stub = pb_grpc.VerificationStub(self._channel)
-        self._releases: set[Any] = set()  # under way
-        self.load: ServiceLoad | None = None  # the latest that any reply told
+
+    def warm(self) -> None:
+        """Connect, or wake the radio, without waiting. Whatever comes of it, the next call will see."""
+        self._track(self.stub.Describe.future(pb.DescribeRequest(), timeout=self.timeout.connect_s, metadata=self.metadata))
+
+    def reconnect(self) -> None:
+        """Another connection. Calls under way on the old one end as if it had broken."""
+        old = self._channel
+        self._connect()
+        old.close()
+
+    def _track(self, future: Any) -> None:
+        """Keep a call that nobody waits for until it has ended."""
+        self._releases.add(future)
+        future.add_done_callback(self._releases.discard)
 
     def describe(self, *, wait: bool) -> Service:
         """The handshake. With `wait`, a refused connection is tried again until the connect timeout.
@@ -140,9 +159,7 @@ class Cloud:
     def release(self, session_id: bytes) -> None:
         """Tell the service that a session is over, without waiting for it. Unheard, it only costs the service its idle time."""
         request = pb.ReleaseRequest(session_id=session_id)
-        future = self.stub.Release.future(request, timeout=RELEASE_TIMEOUT_S, metadata=self.metadata)
-        self._releases.add(future)
-        future.add_done_callback(self._releases.discard)
+        self._track(self.stub.Release.future(request, timeout=RELEASE_TIMEOUT_S, metadata=self.metadata))
 
     def close(self) -> None:
         """Close the connection, after the releases under way; other calls fail."""

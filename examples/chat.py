@@ -39,7 +39,7 @@ def read_line() -> str:
 
 def answer(chat: edgecloud.Session, question: str, temperature: float) -> None:
     """Stream one turn. Ctrl-C leaves it, and the turn is not added."""
-    with chat.stream(question, max_new_tokens=128, temperature=temperature) as stream:
+    with chat.stream(question, max_new_tokens=128, temperature=temperature, provisional=False) as stream:
         try:
             for event in stream:
                 if isinstance(event, edgecloud.TokenEvent):

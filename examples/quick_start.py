@@ -25,7 +25,7 @@ def main() -> None:
     options = parser.parse_args()
     with (
         edgecloud.Client(options.bundle, cloud=options.cloud) as client,
-        client.stream(options.question, max_new_tokens=options.max_new_tokens) as stream,
+        client.stream(options.question, max_new_tokens=options.max_new_tokens, provisional=False) as stream,
     ):
         for event in stream:
             if isinstance(event, edgecloud.TokenEvent):

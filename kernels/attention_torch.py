@@ -48,22 +48,39 @@ def ragged_paged_attention(
     grouped = query.view(num_rows, kv_heads, group, head_dim)
     if not isinstance(segments, Segments):
         segments = Segments(segments)
-    singles = grouped
-    if segments.bitwise:  # a copy, for a product's rows may not all be the same memory
-        singles = grouped.unsqueeze(2).expand(-1, -1, _times(group), -1, -1).flatten(2, 3).contiguous()
     pools = keys.unsqueeze(0), values.unsqueeze(0)
     plain = softcap is None and keys.shape[2] == values.shape[2]
     parts: list[Tensor] = []  # [rows, kv_heads, group, value_dim]
+    singles: list[_Block] = []  # not yet in parts
     for segment, blocks in zip(segments, _plan(segments, group, num_slots, query.dtype, query.device), strict=True):
-        if not plain or (sliding_window is not None and segment.length > sliding_window):
+        scored = not plain or (sliding_window is not None and segment.length > sliding_window)
+        if segment.num_rows == 1 and not scored:
+            singles.append(blocks[0])
+            continue
+        if singles:
+            parts.append(_single_rows(grouped, *pools, singles, scaling, segments.bitwise))
+            singles = []
+        if scored:
             rows = query[segment.start : segment.stop]
             parts.append(_scored(rows, keys, values, segment, scaling, sliding_window, softcap))
-        elif segment.num_rows == 1:
-            parts.append(_over_tiles(singles.narrow(0, segment.start, 1), *pools, blocks[0], scaling).narrow(2, 0, group))
         else:
             parts += [_several_rows(grouped, *pools, block, scaling) for block in blocks]
+    if singles:
+        parts.append(_single_rows(grouped, *pools, singles, scaling, segments.bitwise))
     attended = parts[0] if len(parts) == 1 else torch.cat(parts)
     return attended.reshape(num_rows, heads, -1)
+
+
+def _single_rows(grouped: Tensor, keys: Tensor, values: Tensor, blocks: Sequence[_Block], scaling: float, bitwise: bool) -> Tensor:
+    """Blocks of a row each, one behind the other.  -> [rows, kv_heads, group, value_dim]"""
+    group = grouped.shape[2]
+    rows = grouped[blocks[0].row : blocks[-1].row + 1]
+    if bitwise:  # a copy, for a product's rows may not all be the same memory
+        rows = rows.unsqueeze(2).expand(-1, -1, _times(group), -1, -1).flatten(2, 3).contiguous()
+    each = torch.split_with_sizes(rows, [1] * len(blocks))
+    parts = [_over_tiles(row, keys, values, block, scaling) for row, block in zip(each, blocks, strict=True)]
+    attended = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return attended[:, :, :group]
 
 
 def _several_rows(grouped: Tensor, keys: Tensor, values: Tensor, block: _Block, scaling: float) -> Tensor:

@@ -42,9 +42,9 @@ def gumbel_at(seed: int, position: int, ids: Tensor) -> Tensor:
 def choose(logits: Tensor, rows: Sequence[ChoiceRow]) -> list[int]:
     """The next token of every row. logits: [rows, vocab], on any device -> one id a row.
 
-    Greedy rows cost one argmax over all of them; a sampled row costs its own noise.
+    Greedy rows cost one maximum over all of them; a sampled row costs its own noise.
     """
-    choices = logits.argmax(dim=1)
+    choices = logits.max(dim=1).indices  # the first of the largest, as argmax, which is four times slower over bfloat16 on a CPU
     for i, row in enumerate(rows):
         if not row.sampling.greedy:
             choices[i] = _sample(logits[i], row)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     )
     from edgecloud.sampling import SamplingSettings
     from edgecloud.session import Session
-    from edgecloud.types import Metrics, ModeChanged, ModeSpan, Reply, Retract, Service, TokenEvent, Usage
+    from edgecloud.types import CloudBack, CloudLost, Metrics, ModeChanged, ModeSpan, Reply, Retract, Service, TokenEvent, Usage
 
 _HOMES = {
     "AsyncClient": "aio",
@@ -51,7 +51,9 @@ _HOMES = {
     "BundleVersionError": "errors",
     "Client": "client",
     "CloudAuthError": "errors",
+    "CloudBack": "types",
     "CloudError": "errors",
+    "CloudLost": "types",
     "CloudOverloadedError": "errors",
     "CloudRefusedError": "errors",
     "CloudUnavailableError": "errors",
@@ -89,7 +91,9 @@ __all__ = [
     "BundleVersionError",
     "Client",
     "CloudAuthError",
+    "CloudBack",
     "CloudError",
+    "CloudLost",
     "CloudOverloadedError",
     "CloudRefusedError",
     "CloudUnavailableError",

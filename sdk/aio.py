@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Unpack
 
@@ -18,7 +18,7 @@ from edgecloud.types import Event, Reply, Service
 class AsyncClient:
     """Mirrors `Client`; an async context manager. Leaving a stream early frees the service's session."""
 
-    def __init__(self, bundle: str | os.PathLike[str], cloud: str | None = None, **options: Any) -> None:
+    def __init__(self, bundle: str | os.PathLike[str], cloud: str | Sequence[str] | None = None, **options: Any) -> None:
         self._client = Client(bundle, cloud, **options)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="edgecloud")
         self._turn = asyncio.Lock()  # generations take turns on the one thread
@@ -38,6 +38,10 @@ class AsyncClient:
     async def describe(self) -> Service:
         """As `Client.describe`."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._client.describe)
+
+    def notify_network_changed(self) -> None:
+        """As `Client.notify_network_changed`, at once."""
+        self._client.notify_network_changed()
 
     async def close(self) -> None:
         """As `Client.close`, after the generation under way."""

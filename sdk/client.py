@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Unpack, get_args
 
 from edgecloud.bundle import Bundle
 from edgecloud.edge.collaborate import collaborate
@@ -18,7 +18,8 @@ from edgecloud.edge.local import decode_locally
 from edgecloud.edge.patience import EstimatedPatience
 from edgecloud.edge.pilot import Pilot, Step
 from edgecloud.edge.plan import Fixed, Plan, Planner
-from edgecloud.edge.remote import TLS, Cloud, RemoteVerifier
+from edgecloud.edge.remote import TLS, Cloud
+from edgecloud.edge.replicas import RemoteSession, Replicas
 from edgecloud.edge.retry import Retry, Timeout
 from edgecloud.errors import (
     ConfigError,
@@ -32,7 +33,7 @@ from edgecloud.protocols import Drafter
 from edgecloud.rpc.codec import pair_hash
 from edgecloud.session import Session
 from edgecloud.turn import Turn
-from edgecloud.types import Event, Guess, ModeChanged, Reply, Round, Service
+from edgecloud.types import Event, Guess, ModeChanged, Preference, Reply, Round, Service
 
 if TYPE_CHECKING:
     from edgecloud.edge.tokenizer import ChatTokenizer
@@ -47,7 +48,8 @@ class Client:
 
     Args:
         bundle: folder written by `edgecloud partition`; the device's part is enough.
-        cloud: HOST:PORT of a verification service; None: this device alone.
+        cloud: HOST:PORT of a verification service, or several of them; None: this device alone.
+        prefer: of several: "order", the first that works, or "latency", the nearest.
         tls: encrypt the connection, and check the server.
         token: says to the service who asks; off this machine it takes `tls`, or `insecure`.
         insecure: let the token travel in plaintext.
@@ -60,8 +62,9 @@ class Client:
     def __init__(
         self,
         bundle: str | os.PathLike[str],
-        cloud: str | None = None,
+        cloud: str | Sequence[str] | None = None,
         *,
+        prefer: Preference = "order",
         tls: TLS | None = None,
         token: str | None = None,
         insecure: bool = False,
@@ -71,7 +74,10 @@ class Client:
         max_context_tokens: int = 0,
     ) -> None:
         self._path = Path(bundle)
-        self._cloud_address = cloud
+        self._addresses = [] if cloud is None else [cloud] if isinstance(cloud, str) else list(cloud)
+        if prefer not in get_args(Preference):
+            raise ConfigError(f"prefer is {prefer!r}; it takes {', '.join(get_args(Preference))}")
+        self._prefer: Preference = prefer
         self._tls = tls
         self._token = token
         self._insecure = insecure
@@ -82,7 +88,7 @@ class Client:
         self._bundle: Bundle | None = None
         self._tokenizer: ChatTokenizer | None = None
         self._drafter: Drafter | None = None
-        self._cloud: Cloud | None = None
+        self._replicas: Replicas | None = None
         self._service: Service | None = None
         self._estimates = Estimates.unknown()
         self._loading = threading.RLock()
@@ -108,6 +114,9 @@ class Client:
 
     def stream(self, prompt: Prompt, *, raw: bool = False, **options: Unpack[GenerationKeywords]) -> GenerationStream:
         """The same, event by event. Closing the stream frees the service's session. Raises as `generate`."""
+        idle = self._estimates.link.sent_to_idle(time.monotonic())
+        if idle and options.get("mode") != "edge" and self._replicas is not None:
+            self._replicas.warm()  # while the prompt becomes tokens
         if isinstance(prompt, str) and raw:
             tokens = self.tokenizer.encode(prompt)
         elif isinstance(prompt, str):
@@ -118,8 +127,8 @@ class Client:
 
     def session(self, system: str | None = None) -> Session:
         """A conversation that keeps its tokens and caches between turns."""
-        verifier = None if self._cloud_address is None else RemoteVerifier(self._connection())
-        return Session(self, verifier, system)
+        remote = RemoteSession(self._connection()) if self._addresses else None
+        return Session(self, remote, system)
 
     def describe(self, *, wait: bool = True) -> Service:
         """The handshake: what the service runs. Checked against the bundle, and remembered.
@@ -132,10 +141,18 @@ class Client:
             CloudAuthError: it does not know the token.
         """
         if self._service is None:
-            service = self._connection().describe(wait=wait)
-            _check_pair(self.bundle, service, self._cloud_address or "")
-            self._service = service
+            bundle = self.bundle
+            self._service = self._connection().describe(lambda service, at: _check_pair(bundle, service, at), wait=wait)
         return self._service
+
+    def notify_network_changed(self) -> None:
+        """The device has another network, as the operating system told the app: connect anew, and forget what the old one was like.
+
+        A generation under way goes on by itself, wherever it was.
+        """
+        self._estimates.link.forget()
+        if self._replicas is not None:
+            self._replicas.reconnect()
 
     @property
     def bundle(self) -> Bundle:
@@ -176,9 +193,9 @@ class Client:
     def close(self) -> None:
         """Close the connection and drop the models."""
         self._closed = True
-        if self._cloud is not None:
-            self._cloud.close()
-        self._cloud = self._drafter = None
+        if self._replicas is not None:
+            self._replicas.close()
+        self._replicas = self._drafter = None
 
     def __enter__(self) -> Client:
         return self
@@ -189,17 +206,17 @@ class Client:
     def start(
         self,
         tokens: list[int],
-        verifier: RemoteVerifier | None,
+        remote: RemoteSession | None,
         *,
         on_finish: Callable[[Reply], None] | None = None,
         **keywords: Unpack[GenerationKeywords],
     ) -> GenerationStream:
         """A generation from token ids; `generate`, `stream` and sessions all come through here. Checks every argument.
 
-        A given `verifier` stays open afterwards; without one, a session of the service is made and released.
+        A given `remote` session stays open afterwards; without one, one is made and released.
         """
         options = GenerationOptions.from_keywords(keywords, self._num_draft_tokens)
-        if options.mode in {"cloud", "speculative"} and self._cloud_address is None:
+        if options.mode in {"cloud", "speculative"} and not self._addresses:
             raise ConfigError(f"mode {options.mode!r} needs a cloud; give HOST:PORT")
         check_fits(len(tokens), options.max_new_tokens, self._window(), "context window")
         generation = Generation(
@@ -216,7 +233,7 @@ class Client:
                 raise ConfigError("this client is closed; make another")
             with nullcontext() if options.mode == "cloud" else self._turn:
                 try:
-                    with closing(self._steps(tokens, options, verifier, end_s)) as steps:
+                    with closing(self._steps(tokens, options, remote, end_s)) as steps:
                         for step in steps:
                             if isinstance(step, Round):
                                 yield from generation.add(step)
@@ -238,30 +255,26 @@ class Client:
         return GenerationStream(generation, events())
 
     def _steps(
-        self, tokens: list[int], options: GenerationOptions, verifier: RemoteVerifier | None, end_s: float | None
+        self, tokens: list[int], options: GenerationOptions, given: RemoteSession | None, end_s: float | None
     ) -> Generator[Step]:
         """Run the mode asked for."""
-        if options.mode == "edge" or self._cloud_address is None:
+        if options.mode == "edge" or not self._addresses:
             yield from self._local_rounds(tokens, options, options.max_new_tokens, end_s)
             return
         if options.mode != "auto":
             self._check_window(tokens, options)
-        remote = verifier or RemoteVerifier(self._connection())
+        remote = given or RemoteSession(self._connection())
         remote.deadline_s = end_s
         stop_token_ids = self.bundle.tokenizer.eos_token_ids
         try:
-            if options.mode == "cloud":
-                yield from remote.decode(tokens, options.max_new_tokens, options.sampling, stop_token_ids)
-            else:
-                pilot, meet = self._pilot(tokens, options, end_s)
-                drafter = self._device()
-                yield from collaborate(pilot, drafter, remote, options.sampling, stop_token_ids, self._estimates, meet)
+            pilot, meet = self._pilot(tokens, options, end_s)
+            yield from collaborate(pilot, self._device(), remote, options.sampling, stop_token_ids, self._estimates, meet)
         except ModelMismatchError:  # another model was started at that address since the handshake
             self._service = None
             self.describe()  # names both fingerprints
             raise
         finally:
-            if verifier is None:
+            if given is None:
                 remote.release()
 
     def _pilot(self, tokens: list[int], options: GenerationOptions, end_s: float | None) -> tuple[Pilot, Callable[[], int]]:
@@ -270,6 +283,8 @@ class Client:
         planner: Planner
         if options.mode == "auto":
             planner = Controller(estimates, options.objective)
+        elif options.mode == "cloud":
+            planner = Fixed(Plan("cloud", 0, num_shadow_tokens=0))
         else:
             planner = Fixed(Plan("speculative", options.num_draft_tokens))
 
@@ -287,7 +302,7 @@ class Client:
         pilot = Pilot(
             tokens,
             planner,
-            Retry(self._timeout, end_s, self._cloud_address or ""),
+            Retry(self._timeout, end_s, self._connection().address),
             EstimatedPatience(estimates, time.monotonic()),
             estimates.acceptance,
             max_new_tokens=options.max_new_tokens,
@@ -301,7 +316,7 @@ class Client:
     def _check_window(self, tokens: list[int], options: GenerationOptions, *, wait: bool = True) -> Service:
         """Whether prompt and answer fit the service."""
         service = self.describe(wait=wait)
-        check_fits(len(tokens), options.max_new_tokens, service.max_context_tokens, f"window of {self._cloud_address}")
+        check_fits(len(tokens), options.max_new_tokens, service.max_context_tokens, f"window of {self._connection().address}")
         return service
 
     def _local_rounds(
@@ -318,18 +333,20 @@ class Client:
         window = min(bundle.target.max_context_tokens, bundle.draft.max_context_tokens)
         return min(window, self._max_context_tokens) if self._max_context_tokens else window
 
-    def _connection(self) -> Cloud:
+    def _connection(self) -> Replicas:
         with self._loading:
             if self._closed:
                 raise ConfigError("this client is closed; make another")
-            if self._cloud_address is None:
+            if not self._addresses:
                 raise ConfigError("this client has no cloud; give HOST:PORT")
-            if self._cloud is None:
+            if self._replicas is None:
                 meant = pair_hash(self.bundle.target.fingerprint, self.bundle.tokenizer.fingerprint)
-                self._cloud = Cloud(
-                    self._cloud_address, self._tls, self._timeout, meant, token=self._token, insecure=self._insecure
-                )
-            return self._cloud
+                clouds = [
+                    Cloud(address, self._tls, self._timeout, meant, token=self._token, insecure=self._insecure)
+                    for address in self._addresses
+                ]
+                self._replicas = Replicas(clouds, self._prefer)
+            return self._replicas
 
     def _device(self) -> Drafter:
         with self._loading:

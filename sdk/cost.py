@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 NEGLIGIBLE = 0.01  # probability below which a cycle is cut off
 FURTHEST = 64  # tokens after which it is
@@ -24,11 +25,6 @@ def tokens_per_round(survival: Sequence[float]) -> float:
     return 1.0 + sum(survival)
 
 
-def round_ms(num_draft_tokens: int, draft_ms: float, rtt_ms: float, pass_ms: float, pass_ms_per_token: float) -> float:
-    """One synchronous round: K drafts, a round trip, one pass over K + 1 positions."""
-    return num_draft_tokens * draft_ms + rtt_ms + pass_ms + pass_ms_per_token * (num_draft_tokens + 1)
-
-
 @dataclass(frozen=True, slots=True)
 class Price:
     """What a way of working costs, in expectation."""
@@ -38,7 +34,13 @@ class Price:
 
 
 def overlapped(
-    survival: Sequence[float], num_draft_tokens: int, draft_ms: float, rtt_ms: float, verify_ms: float, max_in_flight: int
+    survival: Sequence[float],
+    num_draft_tokens: int,
+    draft_ms: float,
+    rtt_ms: float,
+    verify_ms: float,
+    max_in_flight: int,
+    queue_ms: float = 0.0,
 ) -> Price:
     """Speculation with drafts on their way while the next are made (edge/pilot.py), from one wrong guess to the next.
 
@@ -51,28 +53,31 @@ def overlapped(
         num_draft_tokens: K, from 0.
         draft_ms: a drafted token.
         rtt_ms: the round trip.
-        verify_ms: a pass over K + 1 positions, with its queue.
+        verify_ms: a pass over K + 1 positions.
         max_in_flight: drafts on their way at a time.
+        queue_ms: until the pass begins, unless the one before has kept the place.
     """
     length = num_draft_tokens + 1
     surviving, num_tokens, num_passes, total_ms = 1.0, 0.0, 0.0, draft_ms / 2
     pass_end_ms = 0.0
     verdicts: list[float] = []  # when they arrive
-    reach = _Reach(survival)
+    reach = _reach(survival, length)
+    sums = [0.0, *accumulate(reach)]
     flight = 0
     while surviving > NEGLIGIBLE and flight * length < FURTHEST:
         sent_ms = (num_draft_tokens + flight * length) * draft_ms
         if flight >= max_in_flight:
             sent_ms = max(sent_ms, verdicts[flight - max_in_flight])
-        pass_end_ms = max(sent_ms + rtt_ms / 2, pass_end_ms) + verify_ms
+        pass_end_ms = max(sent_ms + rtt_ms / 2 + queue_ms, pass_end_ms) + verify_ms
         verdicts.append(pass_end_ms + rtt_ms / 2)
         num_passes += surviving
-        chain = [reach.of(flight * length + i) for i in range(length + 1)]
-        num_tokens += sum(chain[:-1])
-        last = chain[-1] <= NEGLIGIBLE or (flight + 1) * length >= FURTHEST
-        total_ms += (surviving - (0.0 if last else chain[-1])) * verdicts[-1]
-        surviving = chain[-1]
+        first = flight * length
         flight += 1
+        num_tokens += sums[first + length] - sums[first]
+        survives = reach[first + length]
+        last = survives <= NEGLIGIBLE or first + length >= FURTHEST
+        total_ms += (surviving - (0.0 if last else survives)) * verdicts[-1]
+        surviving = survives
     return Price(total_ms / num_tokens, num_passes / num_tokens)
 
 
@@ -82,14 +87,25 @@ def ttft_ms(prefill_ms: float, rtt_ms: float = 0.0, uplink_ms: float = 0.0) -> f
 
 
 def fastest_ms_per_token(
-    survival: Sequence[float], verify_ms: Mapping[int, float], draft_ms: float, rtt_ms: float, max_in_flight: int
+    survival: Sequence[float],
+    verify_ms: Mapping[int, float],
+    draft_ms: float,
+    rtt_ms: float,
+    max_in_flight: int,
+    queue_ms: float = 0.0,
 ) -> float:
     """Speculation at the best of the draft lengths K that `verify_ms` names, each with its pass over K + 1 positions."""
-    return min(overlapped(survival, k, draft_ms, rtt_ms, pass_ms, max_in_flight).ms_per_token for k, pass_ms in verify_ms.items())
+    prices = (overlapped(survival, k, draft_ms, rtt_ms, pass_ms, max_in_flight, queue_ms) for k, pass_ms in verify_ms.items())
+    return min(price.ms_per_token for price in prices)
 
 
 def break_even_rtt_ms(
-    survival: Sequence[float], verify_ms: Mapping[int, float], draft_ms: float, stream_ms: float, max_in_flight: int
+    survival: Sequence[float],
+    verify_ms: Mapping[int, float],
+    draft_ms: float,
+    stream_ms: float,
+    max_in_flight: int,
+    queue_ms: float = 0.0,
 ) -> float | None:
     """The round trip at which speculation at its best takes as long a token as the stream; below it, speculation is faster.
 
@@ -98,7 +114,7 @@ def break_even_rtt_ms(
     """
 
     def gain_ms(rtt_ms: float) -> float:
-        return stream_ms - fastest_ms_per_token(survival, verify_ms, draft_ms, rtt_ms, max_in_flight)
+        return stream_ms - fastest_ms_per_token(survival, verify_ms, draft_ms, rtt_ms, max_in_flight, queue_ms)
 
     if gain_ms(0.0) <= 0:
         return None
@@ -111,15 +127,12 @@ def break_even_rtt_ms(
     return (low + high) / 2
 
 
-class _Reach:
-    """S_n for any n: S_0 is 1, and beyond those given it falls at the last rate."""
-
-    def __init__(self, survival: Sequence[float]) -> None:
-        self._survival = [1.0, *survival]
-        self._rate = survival[-1] / self._survival[-2] if survival and self._survival[-2] else 0.0
-
-    def of(self, n: int) -> float:
-        survival = self._survival
-        while len(survival) <= n:
-            survival.append(survival[-1] * self._rate)
-        return survival[n]
+def _reach(survival: Sequence[float], margin: int) -> list[float]:
+    """S_0, S_1, ... until it is negligible, and so many more: beyond those given it falls at the last rate."""
+    reach = [1.0, *survival]
+    rate = reach[-1] / reach[-2] if survival and reach[-2] else 0.0
+    while reach[-1] > NEGLIGIBLE and len(reach) <= FURTHEST:
+        reach.append(reach[-1] * rate)
+    for _ in range(margin):
+        reach.append(reach[-1] * rate)
+    return reach

@@ -49,8 +49,8 @@ class Generation:
         self._held = ""  # text that may be the beginning of a stop string
         self._shown: list[str] = []
         self._guessed: list[int] = []  # provisional tokens on the screen, behind the final ones
-        self._preview: _Preview | None = None  # of their text; None: to be made anew
-        self._ahead = ""  # what is on the screen beyond `_shown`
+        self._guessed_texts: list[str] = []  # what each of them added
+        self._preview: _Preview | None = None  # of their text; None: there is none of them
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self._token_times_s: list[float] = []
@@ -61,29 +61,27 @@ class Generation:
         self._first_shown_s: float | None = None
         self._num_retracted = 0
 
-    def withdraw(self) -> list[Event]:
-        """Take back what nobody will confirm any more.  -> what to tell the caller"""
-        if not self._guessed:
-            return []
-        retract = Retract(len(self._guessed), len(self._ahead))
-        self._num_retracted += retract.num_tokens
-        self._guessed, self._ahead, self._preview = [], "", None
-        return [retract]
-
     def guess(self, token_ids: Sequence[int]) -> list[Event]:
         """Show provisional tokens.  -> what to tell the caller"""
         if self._preview is None:
             self._preview = _Preview(self._text_stream, self._held, self._stop_strings)
-            for token in self._guessed:
-                self._preview.push(token)
-        before = len(self._preview.safe)
-        for token in token_ids:
-            self._preview.push(token)
+        texts = ["" if token in self._stop_token_ids else self._preview.push(token) for token in token_ids]
         self._guessed += token_ids
-        text = self._preview.safe[before:]
-        self._ahead += text
+        self._guessed_texts += texts
         self._first_shown_s = self._first_shown_s or time.perf_counter()
-        return [TokenEvent(text, list(token_ids), "provisional")]
+        return [TokenEvent("".join(texts), list(token_ids), "provisional")]
+
+    def withdraw(self) -> list[Event]:
+        """Take back what nobody will confirm any more.  -> what to tell the caller"""
+        return self._retract_from(0)
+
+    def _retract_from(self, number: int) -> list[Event]:
+        """Take back the guesses from this one on."""
+        num_tokens, text = len(self._guessed) - number, "".join(self._guessed_texts[number:])
+        del self._guessed[number:], self._guessed_texts[number:]
+        self._preview = None
+        self._num_retracted += num_tokens
+        return [Retract(num_tokens, len(text))] if num_tokens else []
 
     def add(self, round_: Round) -> list[Event]:
         """Take in a round.  -> what to tell the caller"""
@@ -118,26 +116,19 @@ class Generation:
         return events + self._told(text, taken, round_.status)
 
     def _told(self, text: str, taken: list[int], status: TokenStatus) -> list[Event]:
-        """Events for a round, given what is on the screen already."""
+        """Events for a round, given the guesses that are on the screen already."""
         same = common_prefix(taken, self._guessed)
-        stays = self._guessed[same:] if same == len(taken) and self.finish_reason is None else []
-        num_retracted = len(self._guessed) - same - len(stays)
-        self._num_retracted += num_retracted
-        self._guessed = stays
+        events: list[Event] = []
+        if same < len(taken) or self.finish_reason is not None:
+            events += self._retract_from(same)
+        shown = sum(map(len, self._guessed_texts[:same]))
+        del self._guessed[:same], self._guessed_texts[:same]
+        if not self._guessed:
+            self._preview = None
         if status == "provisional":  # kept as they are: what was announced is not announced again
             taken = taken[same:]
-        if not stays or num_retracted:
-            self._preview = None
-        if self._ahead.startswith(text) and stays:
-            self._ahead = self._ahead[len(text) :]
-            return [TokenEvent("", taken, status)] if taken else []
-        kept = common_prefix(self._ahead, text)
-        events: list[Event] = []
-        if num_retracted or kept < len(self._ahead):
-            events.append(Retract(num_retracted, len(self._ahead) - kept))
-        self._ahead = ""
-        if taken or text[kept:]:
-            events.append(TokenEvent(text[kept:], taken, status))
+        if taken or text[shown:]:
+            events.append(TokenEvent(text[shown:], taken, status))
         return events
 
     def announce(self, change: ModeChanged) -> ModeChanged:
@@ -164,16 +155,12 @@ class Generation:
             self.finish_reason = "stop"
             return ""
         self._held += self._text_stream.push(token)
-        end = min((at for stop in self._stop_strings if (at := self._held.find(stop)) >= 0), default=-1)
-        if end >= 0:
-            self._held = self._held[:end]
+        safe, stopped = safe_text(self._held, self._stop_strings)
+        self._held = "" if stopped else self._held[len(safe) :]
+        if stopped:
             self.finish_reason = "stop"
-            return ""
-        if len(self.token_ids) >= self._max_new_tokens:
+        elif len(self.token_ids) >= self._max_new_tokens:
             self.finish_reason = "length"
-        keep = longest_stop_prefix(self._held, self._stop_strings)
-        safe = self._held[: len(self._held) - keep]
-        self._held = self._held[len(safe) :]
         return safe
 
     def _flush(self) -> str:
@@ -217,20 +204,25 @@ class _Preview:
     def __init__(self, final: TextStream, held: str, stop_strings: Sequence[str]) -> None:
         self._stream = final.copy()
         self._stop_strings = stop_strings
-        self._text = held  # beyond what the final tokens show
-        self.safe = ""  # of it, what cannot belong to a stop string
+        self._held = held
         self._ended = False
 
-    def push(self, token: int) -> None:
-        """A further guess."""
+    def push(self, token: int) -> str:
+        """Text that a further guess makes safe to show."""
         if self._ended:
-            return
-        self._text += self._stream.push(token)
-        end = min((at for stop in self._stop_strings if (at := self._text.find(stop)) >= 0), default=-1)
-        if end >= 0:
-            self._ended, self.safe = True, self._text[:end]
-            return
-        self.safe = self._text[: len(self._text) - longest_stop_prefix(self._text, self._stop_strings)]
+            return ""
+        self._held += self._stream.push(token)
+        safe, self._ended = safe_text(self._held, self._stop_strings)
+        self._held = self._held[len(safe) :]
+        return safe
+
+
+def safe_text(held: str, stop_strings: Sequence[str]) -> tuple[str, bool]:
+    """What of `held` may be shown, and whether a stop string ends it there."""
+    end = min((at for stop in stop_strings if (at := held.find(stop)) >= 0), default=-1)
+    if end >= 0:
+        return held[:end], True
+    return held[: len(held) - longest_stop_prefix(held, stop_strings)], False
 
 
 def longest_stop_prefix(text: str, stop_strings: Sequence[str]) -> int:

@@ -197,9 +197,10 @@ def _estimates(learned: Estimates, device: DeviceSurvey, link: LinkSurvey | None
     if cloud is not None:
         if cloud.load is not None:
             estimates.cloud.tell(cloud.load)
-        estimates.cloud.streamed(cloud.stream_ms.median)
         for seen in cloud.passes:
-            estimates.cloud.verified(seen.num_rows, CallCost(queue_ms=seen.queue_ms, compute_ms=seen.compute_ms))
+            cost = CallCost(queue_ms=seen.queue_ms, compute_ms=seen.compute_ms)
+            estimates.cloud.verified(seen.num_rows, cost, conditional=False)
+        estimates.cloud.streamed(CallCost(compute_ms=cloud.passes[0].compute_ms, elapsed_ms=cloud.stream_ms.median))
     return estimates
 
 
@@ -226,8 +227,9 @@ def _break_even_rtt_ms(estimates: Estimates, context_tokens: int, max_draft_toke
     lengths = [length for length in DRAFT_LENGTHS if length <= max_draft_tokens]
     return break_even_rtt_ms(
         estimates.acceptance.survival(lengths[-1]),
-        {length: estimates.cloud.verify_ms(length + 1, context_tokens) for length in lengths},
+        {length: estimates.cloud.pass_ms(length + 1, context_tokens) for length in lengths},
         estimates.device.step_ms or 0.0,
         estimates.cloud.stream_ms(context_tokens),
         MAX_IN_FLIGHT,
+        estimates.cloud.queue_ms,
     )

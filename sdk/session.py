@@ -10,7 +10,7 @@ from edgecloud.types import Reply
 
 if TYPE_CHECKING:
     from edgecloud.client import Client
-    from edgecloud.edge.remote import RemoteVerifier
+    from edgecloud.edge.replicas import RemoteSession
     from edgecloud.generation import GenerationStream
 
 
@@ -20,9 +20,9 @@ class Session:
     The ids of earlier turns are kept as they were generated, never encoded anew from text.
     """
 
-    def __init__(self, client: Client, verifier: RemoteVerifier | None, system: str | None) -> None:
+    def __init__(self, client: Client, remote: RemoteSession | None, system: str | None) -> None:
         self._client = client
-        self._verifier = verifier
+        self._remote = remote
         self.messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
         self.token_ids: list[int] = []  # the whole conversation so far, answers included
         self._closed = False
@@ -48,12 +48,12 @@ class Session:
             self.messages += [message, {"role": "assistant", "content": reply.text}]
             self.token_ids = tokens + reply.token_ids
 
-        return self._client.start(tokens, self._verifier, on_finish=add_turn, **options)
+        return self._client.start(tokens, self._remote, on_finish=add_turn, **options)
 
     def close(self) -> None:
         """Let the service forget the session."""
-        if not self._closed and self._verifier is not None:
-            self._verifier.release()
+        if not self._closed and self._remote is not None:
+            self._remote.release()
         self._closed = True
 
     def __enter__(self) -> Session:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 Mode = Literal["edge", "cloud", "speculative"]  # how a token came about
 ModeChoice = Literal["auto", "edge", "cloud", "speculative"]  # what a caller may ask for
 Objective = Literal["latency", "cost", "balanced", "offline-first"]  # what mode "auto" makes little of
+Preference = Literal["order", "latency"]  # of several services
 LossPolicy = Literal["continue", "wait", "fail"]  # what mode "auto" does when the cloud is silent
 TokenStatus = Literal["provisional", "final"]
 FinishReason = Literal["stop", "length", "cancelled"]

@@ -15,7 +15,6 @@ import grpc
 import pytest
 import torch
 import zmq
-import zmq.asyncio
 from pairs import PATIENCE_S
 
 from edgecloud.cloud.attention import PagedBatch
@@ -26,6 +25,7 @@ from edgecloud.cloud.gate import Gate
 from edgecloud.cloud.messages import Stop, encode
 from edgecloud.cloud.metrics import Metrics
 from edgecloud.cloud.model import TargetModel
+from edgecloud.cloud.pair_socket import PairSocket
 from edgecloud.cloud.reading import MESSAGE_S
 from edgecloud.cloud.server import ConnectionLimits, listening
 from edgecloud.cloud.service import Identity, Limits, VerificationService
@@ -60,11 +60,10 @@ class Loopback:
 @asynccontextmanager
 async def engine_thread(engine: Engine) -> AsyncIterator[EngineClient]:
     """Production's loop and messages, with a thread of this process in the place of a process: a test can look into it."""
-    context = zmq.asyncio.Context()
-    here = context.socket(zmq.PAIR)
-    there = zmq.Context.shadow(context.underlying).socket(zmq.PAIR)
+    context = zmq.Context()
     endpoint = f"inproc://{id(engine)}"
-    here.bind(endpoint)
+    here = PairSocket(context, endpoint)
+    there = context.socket(zmq.PAIR)
     there.connect(endpoint)
 
     def run() -> None:
@@ -82,7 +81,7 @@ async def engine_thread(engine: Engine) -> AsyncIterator[EngineClient]:
         await asyncio.to_thread(thread.join)
         receiving.cancel()
         client.give_up("the engine was stopped")
-        here.close(linger=0)
+        here.close()
         context.term()
 
 

@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgecloud.cloud.batcher import SHORT_ROWS, SMALLEST_CHUNK_ROWS, STRETCH, Batcher, Job, Share
+from edgecloud.cloud.batcher import SHORT_ROWS, Batcher, Job, Share
 from edgecloud.cloud.pages import PagePool
 from edgecloud.cloud.pass_cost import PassCostFit
+from edgecloud.cloud.projections import padded_rows
+from edgecloud.cloud.prompt_room import SMALLEST_CHUNK_ROWS, STRETCH
 from edgecloud.cloud.sessions import SessionStore
 from edgecloud.cloud.work import Extend
 from edgecloud.sampling import SamplingSettings
@@ -192,3 +194,76 @@ def test_a_prompt_alone_takes_all_there_is() -> None:
     desk = Desk(fit=fit_of(10.0, 10.0))
     desk.ask(2000)
     assert [share.num_rows for share in desk.plan()] == [MAX_ROWS]
+
+
+# The plan in virtual time
+
+
+class Machine:
+    """What a pass takes: as long as the weights, or as arithmetic in steps of rows; and the contexts. Its speed may change."""
+
+    def __init__(self, weights_ms: float, row_ms: float, step: int, context_ms: float) -> None:
+        self.weights_ms, self.row_ms, self.step, self.context_ms = weights_ms, row_ms, step, context_ms
+        self.speed = 1.0
+
+    def took_ms(self, num_rows: int, num_context: int) -> float:
+        whole = -(-padded_rows(num_rows) // self.step) * self.step
+        return (max(self.weights_ms, self.row_ms * whole) + self.context_ms * num_context) / self.speed
+
+
+def stretches(desk: Desk, machine: Machine, noise: np.random.Generator, num_passes: int) -> list[tuple[float, int]]:
+    """Play passes.  -> how much longer each was than without prompts, and rows of prompts, for those that had both"""
+    played = []
+    for _ in range(num_passes):
+        shares = desk.plan()
+        short = [share for share in shares if not share.job.is_prompt]
+        num_rows = sum(share.num_rows for share in shares)
+        took_ms = machine.took_ms(num_rows, sum(share.stop for share in shares))
+        alone_ms = machine.took_ms(sum(share.num_rows for share in short), sum(share.stop for share in short))
+        desk.batcher.observe(shares, took_ms * noise.uniform(0.97, 1.1))
+        for share in shares:
+            share.job.open_session.table.length = share.stop
+            if share.stop == len(share.job.open_session.tokens):  # the next token of a decode; another prompt
+                if share.job.is_prompt:
+                    share.job.open_session.table.length = 0
+                else:
+                    share.job.open_session.tokens.append(0)
+        if short and len(shares) > len(short):
+            played.append((took_ms / alone_ms, num_rows - len(short)))
+    return played
+
+
+@given(
+    row_ms=st.floats(0.05, 3),
+    step=st.sampled_from([1, 2, 4, 8, 16]),
+    steps_free=st.floats(2, 20),
+    context_ms=st.floats(0, 0.005),
+    num_short=st.integers(1, 12),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_whatever_rows_cost_no_pass_takes_twice_what_it_would_without_the_prompt(
+    row_ms: float, step: int, steps_free: float, context_ms: float, num_short: int, seed: int
+) -> None:
+    machine, noise = Machine(steps_free * step * row_ms, row_ms, step, context_ms), np.random.default_rng(seed)
+    desk = Desk(max_rows=512)
+    for _ in range(num_short):
+        desk.ask(30)
+    stretches(desk, machine, noise, 40)
+    desk.ask(2000)
+    for stretch, rows in stretches(desk, machine, noise, 300):
+        assert stretch <= 2.0 or rows <= SMALLEST_CHUNK_ROWS
+
+
+@pytest.mark.parametrize("speed", [0.5, 2.0])
+def test_a_machine_that_becomes_slower_or_faster_under_a_prompt_is_measured_anew(speed: float) -> None:
+    machine, noise = Machine(40.0, 1.5, 1, 0.001), np.random.default_rng(0)
+    desk = Desk(max_rows=512)
+    for _ in range(8):
+        desk.ask(30)
+    stretches(desk, machine, noise, 40)
+    desk.ask(2000)
+    stretches(desk, machine, noise, 200)
+    machine.speed = speed
+    stretches(desk, machine, noise, 400)
+    settled = [stretch for stretch, _ in stretches(desk, machine, noise, 200)]
+    assert 1.15 <= np.median(settled) <= max(settled) <= 1.7

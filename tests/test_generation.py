@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from screen import Screen
 from tiny import END_OF_TURN_ID, TOKENIZER_SIZE, make_tiny_llama
 
 from edgecloud.edge.tokenizer import ChatTokenizer
@@ -247,3 +248,57 @@ def test_the_reply_as_an_object_has_the_keys_that_scripts_read(tokenizer: ChatTo
     content = generation.reply().to_dict()
     assert list(content) == ["text", "token_ids", "finish_reason", "usage", "metrics", "mode_timeline"]
     assert content["mode_timeline"] == [{"token": 0, "mode": "speculative", "num_draft_tokens": 4}]
+
+
+# Guesses
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 6), st.text("abé🦊", max_size=4)), max_size=12), stops)
+def test_guesses_leave_no_trace_in_text_or_tokens(
+    tokenizer: ChatTokenizer, rounds: list[tuple[int, int, str]], stop: list[str]
+) -> None:
+    """Whatever was guessed, right or wrong, in part or beyond a stop string: in the end the screen holds the reply."""
+    final = [tokenizer.encode_rendered(text) for _, _, text in rounds]
+    plain, guessing, screen = begin(tokenizer, *stop), begin(tokenizer, *stop), Screen()
+    at = 0
+    whole = [token for ids in final for token in ids]
+    tail: list[int] = []
+    for (num_right, num_wrong, _), ids in zip(rounds, final, strict=True):
+        if guessing.finish_reason is not None:
+            break
+        known = at + len(tail)
+        guess = [*whole[known : known + num_right], *[70 + i for i in range(num_wrong)]]
+        for token in guess:
+            for event in guessing.guess([token]):
+                screen.show(event)
+        tail += guess
+        for event in guessing.add(Round(list(ids), "speculative", "final")):
+            screen.show(event)
+        plain.add(Round(list(ids), "speculative", "final"))
+        at += len(ids)
+        same = next((i for i, (a, b) in enumerate(zip(ids, tail, strict=False)) if a != b), min(len(ids), len(tail)))
+        tail = tail[same:] if same == len(ids) else []
+        assert screen.provisional == (tail if guessing.finish_reason is None else [])
+    for event in guessing.withdraw():
+        screen.show(event)
+    reply = guessing.reply()
+    assert (reply.text, reply.token_ids, reply.finish_reason) == (
+        plain.reply().text,
+        plain.reply().token_ids,
+        plain.reply().finish_reason,
+    )
+    assert (screen.final, screen.provisional) == (reply.token_ids, [])
+    assert reply.text.startswith(screen.text)
+    assert screen.num_retracted == reply.metrics.num_retracted_tokens
+    assert reply.text == screen.text or reply.finish_reason == "cancelled"  # what is held back may begin a stop string
+
+
+def test_a_guessed_stop_token_shows_nothing(tokenizer: ChatTokenizer) -> None:
+    """Some models stop at a token that has text."""
+    letter = tokenizer.encode_rendered("b")[0]
+    generation = Generation(3, tokenizer.stream(), 9, {letter}, ())
+    screen = Screen([*generation.guess([*tokenizer.encode_rendered("a"), letter])])
+    assert screen.text == "a"
+    for event in generation.add(Round([*tokenizer.encode_rendered("a"), letter], "speculative", "final")):
+        screen.show(event)
+    assert (screen.text, generation.reply().text, generation.finish_reason) == ("a", "a", "stop")

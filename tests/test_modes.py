@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flying import fly
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairs import Pair, Plain, PlainTarget, Server, plain_target, with_eos
@@ -22,11 +23,11 @@ from edgecloud.cloud.engine import Engine
 from edgecloud.cloud.model import TargetModel
 from edgecloud.cloud.work import Answer, Extend, Extended, Refused
 from edgecloud.edge.local import decode_locally
-from edgecloud.edge.speculative import speculate
+from edgecloud.edge.plan import Plan
 from edgecloud.protocols import Drafter, Verifier
 from edgecloud.rpc.codec import context_hash
 from edgecloud.sampling import SamplingSettings
-from edgecloud.types import CallCost, Round, Verdict
+from edgecloud.types import CallCost, Mode, Round, Verdict
 
 pytest_plugins = ["pairs"]
 
@@ -37,6 +38,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tied": {"seed": 2, "tie_word_embeddings": True, "num_layers": 1},
 }
 MAX_PROMPT_TOKENS, MAX_NEW_TOKENS = 12, 24
+ONE_BY_ONE = Plan("speculative", 4, max_in_flight=1)  # synchronous rounds: nothing is drafted while a verdict travels
 OURS, THEIRS = b"o" * 16, b"t" * 16
 
 
@@ -76,6 +78,11 @@ class EngineVerifier:
     num_refusals: int = 0
     released: bool = False
     _known: list[int] = field(default_factory=list)
+
+    @property
+    def known(self) -> list[int]:
+        """Tokens that the engine was left with."""
+        return self._known
 
     def submit(self, tokens: Sequence[int], draft_ids: Sequence[int], sampling: SamplingSettings) -> Settled:
         answer = self._ask(list(tokens), sampling, draft_ids=tuple(draft_ids))[-1]
@@ -150,12 +157,11 @@ def engine_of(target: Target, page_size: int, max_rows: int, room_tokens: int = 
 
 @dataclass(frozen=True)
 class ScriptedDrafter:
-    """Knows what the target will say, and gets it wrong where it is told to. Drafts as many tokens as it is told to."""
+    """Knows what the target will say, and gets it wrong where it is told to."""
 
     num_prompt_tokens: int
     expected: list[int]
     wrong_at: Callable[[int], bool]  # number of the generated token
-    lengths: tuple[int, ...] = ()  # of its drafts, in turn; none: as long as asked for
 
     def prefill(self, tokens: Sequence[int]) -> None:
         assert len(tokens) == self.num_prompt_tokens
@@ -164,10 +170,8 @@ class ScriptedDrafter:
         self, tokens: Sequence[int], num_draft_tokens: int, sampling: SamplingSettings, stop_token_ids: Collection[int]
     ) -> list[int]:
         first = len(tokens) - self.num_prompt_tokens
-        assert first + num_draft_tokens < MAX_NEW_TOKENS  # room is left for the target's own token
-        length = min(num_draft_tokens, self.lengths[first % len(self.lengths)]) if self.lengths else num_draft_tokens
         guessed: list[int] = []
-        for number in range(first, first + length):
+        for number in range(first, first + num_draft_tokens):
             right = self.expected[number] if number < len(self.expected) else 0
             guessed.append((right + 1 + number % 3) % VOCAB_SIZE if self.wrong_at(number) else right)
             if guessed[-1] in stop_token_ids:
@@ -179,17 +183,15 @@ KINDS = ("target", "adversary", "mix")
 
 
 @st.composite
-def drafts(draw: st.DrawFn) -> tuple[str, frozenset[int], tuple[int, ...]]:
-    """Kind of drafter, numbers of the tokens that a mix gets wrong, lengths of the drafts."""
-    wrong = draw(st.frozensets(st.integers(0, MAX_NEW_TOKENS)))
-    lengths = draw(st.one_of(st.just([]), st.lists(st.integers(0, 8), min_size=1, max_size=6)))
-    return draw(st.sampled_from(KINDS)), wrong, tuple(lengths)
+def drafts(draw: st.DrawFn) -> tuple[str, frozenset[int]]:
+    """Kind of drafter, numbers of the tokens that a mix gets wrong."""
+    return draw(st.sampled_from(KINDS)), draw(st.frozensets(st.integers(0, MAX_NEW_TOKENS)))
 
 
-def drafter_of(draft: tuple[str, frozenset[int], tuple[int, ...]], prompt: Sequence[int], expected: Plain) -> ScriptedDrafter:
-    kind, wrong, lengths = draft
+def drafter_of(draft: tuple[str, frozenset[int]], prompt: Sequence[int], expected: Plain) -> ScriptedDrafter:
+    kind, wrong = draft
     wrong_at = {"target": lambda _: False, "adversary": lambda _: True, "mix": lambda number: number in wrong}[kind]
-    return ScriptedDrafter(len(prompt), expected.token_ids, wrong_at, lengths)
+    return ScriptedDrafter(len(prompt), expected.token_ids, wrong_at)
 
 
 samplings = st.builds(
@@ -204,6 +206,7 @@ prompts = st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=MAX_PROM
 faults = st.dictionaries(st.integers(0, 12), st.sampled_from(["forget", "crowd"]), max_size=6)
 page_sizes = st.sampled_from([1, 3, 8, 16])
 max_rows = st.sampled_from([3, 512])  # 3: every prompt takes several passes
+orders = st.lists(st.booleans(), max_size=12)
 stop_ids = st.frozensets(st.integers(0, VOCAB_SIZE - 1), max_size=3)
 shapes = st.sampled_from(sorted(SHAPES))
 
@@ -214,7 +217,18 @@ def ids_of(rounds: Iterator[Round]) -> list[int]:
 
 @settings(max_examples=150)
 @given(
-    shapes, prompts, samplings, stop_ids, st.integers(1, MAX_NEW_TOKENS), st.integers(1, 8), drafts(), faults, page_sizes, max_rows
+    shapes,
+    prompts,
+    samplings,
+    stop_ids,
+    st.integers(1, MAX_NEW_TOKENS),
+    st.integers(1, 8),
+    st.integers(1, 4),
+    orders,
+    drafts(),
+    faults,
+    page_sizes,
+    max_rows,
 )
 def test_speculation_equals_plain_decoding(
     target_of: Callable[[str], Target],
@@ -224,7 +238,9 @@ def test_speculation_equals_plain_decoding(
     stop_token_ids: frozenset[int],
     max_new_tokens: int,
     num_draft_tokens: int,
-    draft: tuple[str, frozenset[int], tuple[int, ...]],
+    max_in_flight: int,
+    order: list[bool],
+    draft: tuple[str, frozenset[int]],
     broken: dict[int, str],
     page_size: int,
     rows: int,
@@ -233,7 +249,8 @@ def test_speculation_equals_plain_decoding(
     expected = target.plain.decode(prompt, max_new_tokens, sampling, stop_token_ids)
     drafter = drafter_of(draft, prompt, expected)
     verifier = EngineVerifier(engine_of(target, page_size, rows), broken)
-    rounds = list(speculate(prompt, drafter, verifier, sampling, num_draft_tokens, max_new_tokens, stop_token_ids))
+    plan = Plan("speculative", num_draft_tokens, max_in_flight)
+    rounds = list(fly(prompt, plan, drafter, verifier, sampling, max_new_tokens, stop_token_ids, order))
     token_ids = ids_of(iter(rounds))
     assert expected.agrees_with(token_ids)
     assert len(token_ids) <= max_new_tokens
@@ -268,8 +285,31 @@ def test_cloud_decoding_equals_plain_decoding(
     assert again.agrees_with(ids_of(verifier.decode(turn, 5, sampling, ())))
 
 
-@settings(max_examples=25)
-@given(shapes, prompts, samplings, st.integers(1, MAX_NEW_TOKENS), st.integers(1, 8), st.integers(0, MAX_NEW_TOKENS), drafts())
+@dataclass(frozen=True)
+class Switching:
+    """One mode up to a length of the context, then the other."""
+
+    num_draft_tokens: int
+    switch_at: int
+    first: Mode
+
+    def plan(self, now_s: float, context_tokens: int) -> Plan:
+        speculates = (self.first == "speculative") == (context_tokens < self.switch_at)
+        return Plan("speculative", self.num_draft_tokens) if speculates else Plan("cloud", 0)
+
+
+@settings(max_examples=50)
+@given(
+    shapes,
+    prompts,
+    samplings,
+    st.integers(1, MAX_NEW_TOKENS),
+    st.integers(1, 8),
+    st.integers(0, MAX_NEW_TOKENS),
+    st.sampled_from(["cloud", "speculative"]),
+    orders,
+    drafts(),
+)
 def test_the_mode_may_change_after_any_token(
     target_of: Callable[[str], Target],
     shape: str,
@@ -278,20 +318,16 @@ def test_the_mode_may_change_after_any_token(
     max_new_tokens: int,
     num_draft_tokens: int,
     switch_at: int,
-    draft: tuple[str, frozenset[int], tuple[int, ...]],
+    first: Mode,
+    order: list[bool],
+    draft: tuple[str, frozenset[int]],
 ) -> None:
     target = target_of(shape)
     expected = target.plain.decode(prompt, max_new_tokens, sampling)
     drafter = drafter_of(draft, prompt, expected)
     verifier = EngineVerifier(engine_of(target, 8, 512))
-    log = list(prompt)
-    for round_ in speculate(prompt, drafter, verifier, sampling, num_draft_tokens, max_new_tokens, ()):
-        log += round_.token_ids
-        if len(log) - len(prompt) >= switch_at:
-            break
-    if left := max_new_tokens - (len(log) - len(prompt)):
-        log += ids_of(verifier.decode(log, left, sampling, ()))
-    assert expected.agrees_with(log[len(prompt) :])
+    planner = Switching(num_draft_tokens, len(prompt) + switch_at, first)
+    assert expected.agrees_with(ids_of(fly(prompt, planner, drafter, verifier, sampling, max_new_tokens, (), order)))
 
 
 # Where an answer may end, one case at a time
@@ -328,7 +364,7 @@ def test_a_stop_token_ends_the_answer_wherever_it_falls(
     stop = {expected.token_ids[stop_at]}
     drafter = ScriptedDrafter(3, expected.token_ids, wrong.__contains__)
     sampling = SamplingSettings(temperature=1.0, seed=seed)
-    rounds = list(speculate(prompt, drafter, EngineVerifier(engine_of(target, 8, 512)), sampling, 4, 12, stop))
+    rounds = list(fly(prompt, ONE_BY_ONE, drafter, EngineVerifier(engine_of(target, 8, 512)), sampling, 12, stop))
     assert ids_of(iter(rounds)) == expected.token_ids[: stop_at + 1], place
 
 
@@ -340,7 +376,7 @@ def test_the_limit_ends_the_answer_wherever_it_falls_and_drafts_nothing_beyond(
     drafter = ScriptedDrafter(3, expected.token_ids, lambda _: False)
     sampling = SamplingSettings(temperature=1.0, seed=seed)
     verifier = EngineVerifier(engine_of(target, 8, 512))
-    rounds = list(speculate(prompt, drafter, verifier, sampling, 4, max_new_tokens, ()))
+    rounds = list(fly(prompt, ONE_BY_ONE, drafter, verifier, sampling, max_new_tokens, ()))
     assert ids_of(iter(rounds)) == expected.token_ids[:max_new_tokens]
     assert [round_.num_accepted for round_ in rounds] == [round_.num_draft_tokens for round_ in rounds]
     assert verifier.num_calls == 1 + -(-(max_new_tokens - 1) // 5)
@@ -350,7 +386,7 @@ def test_what_was_forgotten_is_sent_again(answer_of_target: tuple[Target, list[i
     target, (*prompt, seed), expected = answer_of_target
     drafter = ScriptedDrafter(3, expected.token_ids, lambda _: True)
     verifier = EngineVerifier(engine_of(target, 8, 512), {2: "forget", 3: "crowd", 5: "forget"})
-    rounds = speculate(prompt, drafter, verifier, SamplingSettings(temperature=1.0, seed=seed), 4, 12, ())
+    rounds = fly(prompt, ONE_BY_ONE, drafter, verifier, SamplingSettings(temperature=1.0, seed=seed), 12, ())
     assert ids_of(rounds) == expected.token_ids
     assert verifier.num_refusals == 2  # an evicted session keeps its tokens: the engine rebuilds it alone
 

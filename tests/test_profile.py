@@ -92,12 +92,12 @@ def test_with_a_cloud_all_of_it_is_measured(tiny_pair: Pair, tiny_server: Server
     assert all(0 <= later <= sooner <= 1 for sooner, later in pairwise(chances))
     rows = {(row["mode"], row["num_draft_tokens"]): row for row in found["predictions"]}
     assert set(rows) == {("edge", 0), ("cloud", 0), *(("speculative", length) for length in (1, 2, 4, 8))}
-    assert rows["cloud", 0]["tpot_ms"] == found["cloud"]["stream_ms"]["median"]
+    assert rows["cloud", 0]["tpot_ms"] == pytest.approx(found["cloud"]["stream_ms"]["median"])
     assert (rows["edge", 0]["passes_per_token"], rows["cloud", 0]["passes_per_token"]) == (0, 1)
     assert all(row["tpot_ms"] > 0 and row["ttft_ms"] > 0 for row in rows.values())
     assert {choice["objective"] for choice in found["auto"]} == {"latency", "cost", "balanced", "offline-first"}
     [fastest] = [choice for choice in found["auto"] if choice["objective"] == "latency"]
-    assert fastest["tpot_ms"] <= min(row["tpot_ms"] for row in rows.values() if row["mode"] != "edge")
+    assert fastest["tpot_ms"] <= min(row["tpot_ms"] for row in rows.values() if row["mode"] != "edge") * (1 + 1e-9)
     assert found["break_even_rtt_ms"] is None or found["break_even_rtt_ms"] > 0
     until(tiny_server.is_empty)  # it leaves nothing behind
 

@@ -12,12 +12,13 @@ from typing import Any, NoReturn
 
 import grpc
 import pytest
+from flying import fly
 from pairs import Gate, Pair, Server, free_port, serving, until
 
 from edgecloud.client import Client
+from edgecloud.edge.plan import Plan
 from edgecloud.edge.remote import Cloud, RemoteVerifier
 from edgecloud.edge.retry import MAX_REBUILDS, Retry, Timeout
-from edgecloud.edge.speculative import speculate
 from edgecloud.errors import (
     CloudAuthError,
     CloudError,
@@ -434,12 +435,26 @@ class NoDrafter:
         return [259] * num_draft_tokens
 
 
+@dataclass(frozen=True)
+class Open:
+    """A verifier that one may look into."""
+
+    verifier: RemoteVerifier
+
+    @property
+    def known(self) -> list[int]:
+        return self.verifier._server_tokens
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.verifier, name)
+
+
 def test_two_verifiers_at_a_time_do_not_disturb_each_other(tiny_pair: Pair, tiny_server: Server) -> None:
     prompts = [[1, 2, 3], [1, 2, 4]]
     expected = [tiny_pair.plain.decode(prompt, 10) for prompt in prompts]
     with verifying(tiny_server) as (_, one), verifying(tiny_server) as (_, other):
         turns = [
-            speculate(prompt, NoDrafter(), verifier, GREEDY, 2, 10, ())
+            fly(prompt, Plan("speculative", 2, max_in_flight=1), NoDrafter(), Open(verifier), GREEDY, 10, ())
             for prompt, verifier in zip(prompts, (one, other), strict=True)
         ]
         found: list[list[int]] = [[], []]

@@ -21,14 +21,17 @@ from edgecloud.cli.connection import (
 )
 from edgecloud.cli.output import JsonFlag, print_json
 from edgecloud.errors import EdgecloudError
-from edgecloud.types import ModeChoice
+from edgecloud.types import LossPolicy, ModeChoice, Objective, Preference
 
 
 @app.command()
 def generate(
     bundle: Annotated[Path, typer.Argument(help="Folder written by `edgecloud partition`.")],
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads standard input.")],
-    cloud: Annotated[str | None, typer.Option(help="HOST:PORT of a verification service.")] = None,
+    cloud: Annotated[
+        str | None, typer.Option(help="HOST:PORT of a verification service; several, separated by commas, stand in for each other.")
+    ] = None,
+    prefer: Annotated[Preference, typer.Option(help="Of several services: the first that works, or the nearest.")] = "order",
     mode: Annotated[ModeChoice, typer.Option(help="Who makes the tokens.")] = "auto",
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
     temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
@@ -37,7 +40,21 @@ def generate(
     repetition_penalty: Annotated[float, typer.Option(help="1: off.")] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text, in every mode.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="Stop string; may be given several times.")] = None,
-    num_draft_tokens: Annotated[int, typer.Option(help="Tokens drafted a round.")] = 4,
+    num_draft_tokens: Annotated[int, typer.Option(help="Tokens drafted a round, in mode speculative.")] = 4,
+    objective: Annotated[
+        Objective,
+        typer.Option(
+            help="What mode auto makes little of. latency: time per token. cost: passes of the target, at up to 1.5 times the time "
+            "of a stream. balanced: both. offline-first: calls."
+        ),
+    ] = "latency",
+    on_cloud_loss: Annotated[
+        LossPolicy,
+        typer.Option(help="Mode auto without an answer: continue on the device, wait for the cloud, or fail."),
+    ] = "continue",
+    max_provisional_tokens: Annotated[
+        int, typer.Option(help="Most tokens that the device guesses ahead while the cloud is silent.")
+    ] = 256,
     deadline_s: Annotated[float | None, typer.Option(help="Seconds the whole generation may take.")] = None,
     threads: Annotated[int, typer.Option(help="Threads of the device's model. 0: as many as this process may use.")] = 0,
     tls_ca: TlsCaOption = None,
@@ -56,12 +73,13 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     secure = tls_of(tls, tls_ca, tls_cert, tls_key)
     with Client(
-        bundle, cloud, tls=secure, token=read_token(token_file), insecure=insecure,
+        bundle, cloud.split(",") if cloud else None, prefer=prefer, tls=secure, token=read_token(token_file), insecure=insecure,
         num_draft_tokens=num_draft_tokens, num_threads=threads,
     ) as client:  # fmt: skip
         stream = client.stream(
             text, raw=raw, mode=mode, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
             repetition_penalty=repetition_penalty, seed=seed, stop_strings=stop or (), deadline_s=deadline_s,
+            objective=objective, on_cloud_loss=on_cloud_loss, max_provisional_tokens=max_provisional_tokens, provisional=False,
         )  # fmt: skip
         interrupted = False
         try:

@@ -1,0 +1,42 @@
+"""The draft model in virtual time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from simpy import Environment
+from virtual_link import later
+from virtual_text import Text
+
+from edgecloud.edge.estimates import Estimates
+from edgecloud.edge.pilot import Draft, Drafted
+
+
+class VirtualDevice:
+    """One step at a time; what the cache lacks beyond one token costs `read_ms` each."""
+
+    def __init__(self, env: Environment, text: Text, step_ms: float, read_ms: float, estimates: Estimates) -> None:
+        self._env = env
+        self._text = text
+        self._step_ms = step_ms
+        self._read_ms = read_ms
+        self._estimates = estimates
+        self._last: tuple[int, int] | None = None
+        self._num_cached = 0
+        self.num_steps = 0
+
+    def draft(self, order: Draft, post: Callable[[Drafted], None]) -> None:
+        length = len(order.tokens)
+        one_step = self._last == (order.version, length - 1)
+        self._last = order.version, length
+        missing = max(1, length - self._num_cached)
+        self._num_cached = length
+        elapsed_ms = self._step_ms + (missing - 1) * self._read_ms
+        self.num_steps += 1
+
+        def done() -> None:
+            if one_step:
+                self._estimates.device.drafted(elapsed_ms)
+            post(Drafted(order.version, self._text.guess(order.tokens)))
+
+        later(self._env, elapsed_ms / 1e3, done)
