@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from edgecloud.demo import listening, machine, pinned, prepare_bundle, two_cpus
+from edgecloud.demo import prepare_bundle
+from edgecloud.machine import machine
+from edgecloud.processes import listening, pinned, two_cpus
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PROMPT = "Explain to a curious teenager how a lighthouse works, and why ships still need them today."

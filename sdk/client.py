@@ -180,6 +180,16 @@ class Client:
                 )
             return self._tokenizer
 
+    @property
+    def num_threads(self) -> int:
+        """Of the device's model."""
+        return self._num_threads
+
+    @property
+    def estimates(self) -> Estimates:
+        """What this client has learned of device, link and cloud from its own traffic."""
+        return self._estimates
+
     def close(self) -> None:
         """Close the connection and drop the models."""
         self._closed = True

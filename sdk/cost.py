@@ -6,12 +6,13 @@ a + b * new_tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 NEGLIGIBLE = 0.01  # probability below which a cycle is cut off
 FURTHEST = 64  # tokens after which it is
+RTT_TOLERANCE = 1e-6  # of a break-even round trip, relative
 
 
 def survival(acceptance_rate: float, num_draft_tokens: int) -> list[float]:
@@ -78,6 +79,52 @@ def overlapped(
         total_ms += (surviving - (0.0 if last else survives)) * verdicts[-1]
         surviving = survives
     return Price(total_ms / num_tokens, num_passes / num_tokens)
+
+
+def ttft_ms(prefill_ms: float, rtt_ms: float = 0.0, uplink_ms: float = 0.0) -> float:
+    """Until the first token: the prompt goes up, is read, and the token comes back. On the device, reading it is all."""
+    return rtt_ms + uplink_ms + prefill_ms
+
+
+def fastest_ms_per_token(
+    survival: Sequence[float],
+    verify_ms: Mapping[int, float],
+    draft_ms: float,
+    rtt_ms: float,
+    max_in_flight: int,
+    queue_ms: float = 0.0,
+) -> float:
+    """Speculation at the best of the draft lengths K that `verify_ms` names, each with its pass over K + 1 positions."""
+    prices = (overlapped(survival, k, draft_ms, rtt_ms, pass_ms, max_in_flight, queue_ms) for k, pass_ms in verify_ms.items())
+    return min(price.ms_per_token for price in prices)
+
+
+def break_even_rtt_ms(
+    survival: Sequence[float],
+    verify_ms: Mapping[int, float],
+    draft_ms: float,
+    stream_ms: float,
+    max_in_flight: int,
+    queue_ms: float = 0.0,
+) -> float | None:
+    """The round trip at which speculation at its best takes as long a token as the stream; below it, speculation is faster.
+
+    The stream's time per token does not depend on the round trip; speculation's grows with it, at every draft length and
+    without bound, so there is one such round trip, or none (None: the stream is as fast even without a network).
+    """
+
+    def gain_ms(rtt_ms: float) -> float:
+        return stream_ms - fastest_ms_per_token(survival, verify_ms, draft_ms, rtt_ms, max_in_flight, queue_ms)
+
+    if gain_ms(0.0) <= 0:
+        return None
+    low, high = 0.0, 1.0
+    while gain_ms(high) > 0:
+        low, high = high, 2 * high
+    while high - low > RTT_TOLERANCE * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if gain_ms(middle) > 0 else (low, middle)
+    return (low + high) / 2
 
 
 def _reach(survival: Sequence[float], margin: int) -> list[float]:

@@ -5,81 +5,29 @@ Service, links and device are processes of their own; service and device each ke
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import select
 import statistics
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 from edgecloud.bundle import Bundle
 from edgecloud.client import Client
-from edgecloud.errors import BundleError, ConfigError, EdgecloudError, ServerError
+from edgecloud.errors import BundleError, ConfigError
+from edgecloud.links import LTE, SAME_BUILDING, WIFI, Link
+from edgecloud.machine import machine
+from edgecloud.processes import listening, pinned, run_command, two_cpus
+from edgecloud.prompts import PROMPTS
 from edgecloud.tokens import common_prefix
 from edgecloud.types import Mode, Reply
 
 MODEL = "smollm2-135m"
-START_TIMEOUT_S = 300.0  # until a service listens: it reads, checks and hashes its weights
-STOP_TIMEOUT_S = 10.0
 WARM_UP_PROMPT, WARM_UP_TOKENS = "Hello!", 3
 EVEN = 1.05  # factors below this are noise
 REMOTE_MODES: tuple[Mode, ...] = ("cloud", "speculative")
 
-# A child ends with its parent, even if that was killed: then its standard input ends. -P: the folder we run in is no package.
-COMMAND = """
-import os, signal, threading
-threading.Thread(target=lambda: (os.read(0, 1), os.kill(os.getpid(), signal.SIGTERM)), daemon=True).start()
-from edgecloud.cli import main
-main()
-"""
-
-PROMPTS = (
-    "Why is the sky blue?",
-    "Write a short poem about the sea.",
-    "Explain what a hash table is to a ten-year-old.",
-    "List three healthy breakfasts.",
-    "Translate to French: Where is the train station?",
-    "A train travels 120 km in two hours. What is its average speed?",
-    "Write a Python function that reverses a string.",
-    "Summarise the story of Romeo and Juliet in two sentences.",
-    "What should I pack for a week of hiking in the mountains?",
-    "Who was Ada Lovelace?",
-    "Write an e-mail that asks a colleague to move a meeting to Friday.",
-    "What is the difference between weather and climate?",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Link:
-    """A link to try, as `edgecloud link` takes it. Its median round trip is `rtt_ms + jitter_ms`."""
-
-    name: str
-    rtt_ms: float
-    jitter_ms: float  # each direction waits a further uniform(0, jitter_ms)
-    up_mbps: float
-    down_mbps: float
-
-    def arguments(self, cloud: str) -> list[str]:
-        """Of `edgecloud link`."""
-        shape = ["--rtt", f"{self.rtt_ms:g}ms", "--jitter", f"{self.jitter_ms:g}ms"]
-        rates = ["--up", f"{self.up_mbps:g}mbit", "--down", f"{self.down_mbps:g}mbit"]
-        return ["link", "--listen", "0", "--to", cloud, *shape, *rates]
-
-
-LINKS = (
-    Link("same building", 3, 0, 1000, 1000),
-    Link("home Wi-Fi", 18, 2, 20, 100),
-    Link("LTE", 60, 15, 30, 168),  # US speed tests: 75 ms, 30 up, 168 down
-)
+LINKS = (SAME_BUILDING, WIFI, LTE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +217,7 @@ def prepare_bundle(remark: Callable[[str], None]) -> Path:
         from edgecloud.partitioner.fetch import cache_folder
 
     remark(f"$ edgecloud fetch {MODEL}")
-    model = Path(_run(["fetch", MODEL])["path"])
+    model = Path(run_command(["fetch", MODEL])["path"])
     path = cache_folder() / "bundles" / MODEL
     try:
         bundle = Bundle.open(path)
@@ -281,110 +229,5 @@ def prepare_bundle(remark: Callable[[str], None]) -> Path:
     except BundleError:
         pass
     remark(f"$ edgecloud partition {MODEL} -o {path}")
-    _run(["partition", str(model), "-o", str(path), "--overwrite"])
+    run_command(["partition", str(model), "-o", str(path), "--overwrite"])
     return path
-
-
-def two_cpus() -> tuple[int, int] | None:
-    """Cores for the service and the device, or None where this process may use only one."""
-    cpus = sorted(os.sched_getaffinity(0))
-    return (cpus[0], cpus[1]) if len(cpus) > 1 else None
-
-
-@contextmanager
-def pinned(cpu: int | None) -> Iterator[None]:
-    """Keep this thread, and threads it starts, to one core. None: leave it be."""
-    before = os.sched_getaffinity(0)
-    if cpu is not None:
-        os.sched_setaffinity(0, {cpu})
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
-
-
-@contextmanager
-def listening(arguments: Sequence[str], cpu: int | None = None) -> Iterator[dict[str, Any]]:
-    """Run an `edgecloud` command that listens, on one core if asked.  -> what it says of itself; ended on leaving
-
-    Raises:
-        ServerError: it ended, or said nothing for START_TIMEOUT_S.
-    """
-    with tempfile.TemporaryFile() as remarks:
-        child = _start(arguments, remarks)
-        try:
-            if cpu is not None:
-                os.sched_setaffinity(child.pid, {cpu})
-            stdout = cast("IO[bytes]", child.stdout)
-            ready, _, _ = select.select([stdout], [], [], START_TIMEOUT_S)
-            line = stdout.readline() if ready else b""
-            if not line:
-                child.kill()
-                raise ServerError(f"`edgecloud {arguments[0]}` does not listen: {_last_line(remarks)}")
-            yield json.loads(line)
-        finally:
-            _end(child)
-
-
-def machine() -> dict[str, Any]:
-    """What figures depend on: processor, cores, versions, date."""
-    packages = ["edgecloud", "onnxruntime", "torch", "transformers", "grpcio", "numpy"]
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "cpu": _cpu_model(),
-        "num_cpus": len(os.sched_getaffinity(0)),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in packages},
-    }
-
-
-def _run(arguments: Sequence[str]) -> dict[str, Any]:
-    """An `edgecloud` command to its end; its progress stays on stderr.  -> its JSON. Raises EdgecloudError."""
-    child = _start(arguments, None)
-    try:
-        output = cast("IO[bytes]", child.stdout).read()
-        if child.wait() != 0:
-            raise EdgecloudError(f"`edgecloud {' '.join(arguments[:2])}` failed with exit code {child.returncode}")
-    finally:
-        _end(child)
-    content: dict[str, Any] = json.loads(output)
-    return content
-
-
-def _start(arguments: Sequence[str], stderr: IO[bytes] | None) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-P", "-c", COMMAND, *arguments, "--json"]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr)
-
-
-def _end(child: subprocess.Popen[bytes]) -> None:
-    try:
-        child.terminate()
-        child.wait(STOP_TIMEOUT_S)
-    finally:
-        child.kill()  # no effect on one that has ended
-        child.wait()
-        for pipe in (child.stdin, child.stdout):
-            if pipe is not None:
-                pipe.close()
-
-
-def _last_line(remarks: IO[bytes]) -> str:
-    remarks.seek(0)
-    lines = [line.strip() for line in remarks.read().decode("utf-8", "replace").splitlines() if line.strip()]
-    return lines[-1].removeprefix("error: ") if lines else "it says nothing"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

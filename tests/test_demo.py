@@ -21,6 +21,8 @@ from edgecloud.cli.demo import to_table
 from edgecloud.client import Client
 from edgecloud.demo import DemoReport, Row, Sample, compare, summarize, verdict
 from edgecloud.errors import ServerError
+from edgecloud.machine import machine
+from edgecloud.processes import listening
 from edgecloud.types import Metrics, Mode, Reply, Usage
 
 pytest_plugins = ["pairs"]
@@ -33,7 +35,8 @@ def reply_of(token_ids: list[int], mode: Mode, **changes: Any) -> Reply:
     metrics = {
         "ttft_ms": 100.0, "tpot_ms": TPOT_MS[mode], "total_ms": 1.0, "rtt_ms": None, "num_rounds": 0, "num_draft_tokens": 0,
         "num_accepted_tokens": 0, "mean_acceptance_length": 1.0, "acceptance_histogram": [], "target_passes": 0.0,
-        "target_passes_per_token": 0.0, "uplink_bytes": 0, "downlink_bytes": 0, "num_unverified_tokens": 0, **changes,
+        "target_passes_per_token": 0.0, "uplink_bytes": 0, "downlink_bytes": 0, "num_unverified_tokens": 0,
+        "first_visible_ms": 50.0, "num_retracted_tokens": 0, **changes,
     }  # fmt: skip
     return Reply("", token_ids, "length", Usage(5, len(token_ids)), Metrics(**metrics), [])
 
@@ -96,7 +99,7 @@ def test_rows_are_medians_of_times_and_totals_of_the_rest() -> None:
 
 
 def report_of(samples: list[Sample]) -> DemoReport:
-    return DemoReport(demo.machine(), "tiny", 1, 4, 0, 1, [], summarize(samples))
+    return DemoReport(machine(), "tiny", 1, 4, 0, 1, [], summarize(samples))
 
 
 def test_an_edge_answer_may_differ_and_a_verified_one_may_not() -> None:
@@ -149,7 +152,7 @@ def test_a_difference_is_a_failure(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 
 def test_a_service_that_cannot_start_says_why(tmp_path: Path) -> None:
-    with pytest.raises(ServerError, match="no such model folder"), demo.listening(["serve", str(tmp_path / "none")]):
+    with pytest.raises(ServerError, match="no such model folder"), listening(["serve", str(tmp_path / "none")]):
         pass
 
 
@@ -201,9 +204,9 @@ def started(tiny_pair: Pair) -> Iterator[subprocess.Popen[str]]:
 def test_a_signal_ends_it_even_where_its_exception_is_dropped() -> None:
     code = """
 import time
-from edgecloud.cli import demo
-demo.GRACE_S = 0.1
-with demo._stopped_like_ctrl_c():
+from edgecloud.cli import interrupt
+interrupt.GRACE_S = 0.1
+with interrupt.stopped_like_ctrl_c():
     while True:
         try:
             print("ready", flush=True)

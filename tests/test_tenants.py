@@ -16,7 +16,7 @@ from pairs import PATIENCE_S, free_port, until
 from tiny import make_tiny_llama
 
 from edgecloud.cli.app import run
-from edgecloud.cli.generate import _token as token_of
+from edgecloud.cli.connection import read_token as token_of
 from edgecloud.cloud.model import TargetModel
 from edgecloud.cloud.quotas import Account, Bucket, Quota
 from edgecloud.cloud.tenants import Tenants, new_token, parse_tokens, token_line

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,8 +9,18 @@ from typing import Annotated
 import typer
 
 from edgecloud.cli.app import app
+from edgecloud.cli.connection import (
+    InsecureFlag,
+    TlsCaOption,
+    TlsCertOption,
+    TlsFlag,
+    TlsKeyOption,
+    TokenFileOption,
+    read_token,
+    tls_of,
+)
 from edgecloud.cli.output import JsonFlag, print_json
-from edgecloud.errors import ConfigError, EdgecloudError
+from edgecloud.errors import EdgecloudError
 from edgecloud.types import LossPolicy, ModeChoice, Objective, Preference
 
 
@@ -48,27 +57,23 @@ def generate(
     ] = 256,
     deadline_s: Annotated[float | None, typer.Option(help="Seconds the whole generation may take.")] = None,
     threads: Annotated[int, typer.Option(help="Threads of the device's model. 0: as many as this process may use.")] = 0,
-    tls_ca: Annotated[Path | None, typer.Option(help="Connect by TLS and trust this PEM file.")] = None,
-    tls: Annotated[bool, typer.Option("--tls", help="Connect by TLS and trust the system's certificates.")] = False,
-    tls_cert: Annotated[Path | None, typer.Option(help="Own PEM certificate, for mutual TLS.")] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="Own PEM key, for mutual TLS.")] = None,
-    token_file: Annotated[
-        Path | None,
-        typer.Option(help="File that holds the service's token; without it, EDGECLOUD_TOKEN. Others see command lines."),
-    ] = None,
-    insecure: Annotated[bool, typer.Option("--insecure", help="Let the token travel in plaintext off this machine.")] = False,
+    tls_ca: TlsCaOption = None,
+    tls: TlsFlag = False,
+    tls_cert: TlsCertOption = None,
+    tls_key: TlsKeyOption = None,
+    token_file: TokenFileOption = None,
+    insecure: InsecureFlag = False,
     raw: Annotated[bool, typer.Option("--raw", help="Encode the prompt as it is, without the chat template.")] = False,
     json: JsonFlag = False,
 ) -> None:
     """Answer a prompt with the device's draft model, the cloud's target, or both."""
     from edgecloud.client import Client
-    from edgecloud.edge.remote import TLS
     from edgecloud.types import TokenEvent
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    secure = TLS(tls_ca, tls_cert, tls_key) if tls or tls_ca or tls_cert else None
+    secure = tls_of(tls, tls_ca, tls_cert, tls_key)
     with Client(
-        bundle, cloud.split(",") if cloud else None, prefer=prefer, tls=secure, token=_token(token_file), insecure=insecure,
+        bundle, cloud.split(",") if cloud else None, prefer=prefer, tls=secure, token=read_token(token_file), insecure=insecure,
         num_draft_tokens=num_draft_tokens, num_threads=threads,
     ) as client:  # fmt: skip
         stream = client.stream(
@@ -95,15 +100,3 @@ def generate(
             sys.stdout.write("\n")
         if interrupted:
             raise typer.Exit(130)
-
-
-def _token(file: Path | None) -> str | None:
-    """The token of a file, or of the environment; None: neither is given. Raises ConfigError."""
-    if file is None:
-        return os.environ.get("EDGECLOUD_TOKEN") or None
-    try:
-        return file.read_text(encoding="ascii").strip()
-    except OSError as error:
-        raise ConfigError(f"--token-file {file} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--token-file {file} holds no token; put there what `edgecloud token` printed") from error

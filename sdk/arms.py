@@ -1,0 +1,70 @@
+"""Ways of working to measure, by the names that `edgecloud bench --modes` takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from edgecloud.errors import ConfigError
+from edgecloud.types import ModeChoice, Objective
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """A way of working to measure."""
+
+    name: str
+    mode: ModeChoice
+    num_draft_tokens: int | None = None  # of mode speculative
+    objective: Objective | None = None  # of mode auto
+
+    @property
+    def verified(self) -> bool:
+        """Whether its text is the target's."""
+        return self.mode != "edge"
+
+    @property
+    def fixed(self) -> bool:
+        """Whether `auto` could have stayed with it and given the same text."""
+        return self.mode in {"cloud", "speculative"}
+
+    def options(self) -> dict[str, Any]:
+        """Of `Client.generate`."""
+        given = {"mode": self.mode, "num_draft_tokens": self.num_draft_tokens, "objective": self.objective}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+def parse_arms(text: str) -> list[Arm]:
+    """`cloud`, `speculative:K`, `auto`, `auto:OBJECTIVE`, `edge`, between commas. Raises ConfigError."""
+    arms = [_parse_arm(word.strip()) for word in text.split(",")]
+    check_distinct("--modes", [arm.name for arm in arms])
+    if not any(arm.mode == "cloud" for arm in arms):
+        raise ConfigError(f"--modes {text!r} lacks cloud, against which the others are held; add it")
+    return arms
+
+
+def check_distinct(option: str, names: Sequence[str]) -> None:
+    """Raises ConfigError that names what stands there twice."""
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"{option} names {name!r} twice; name it once")
+
+
+def _parse_arm(word: str) -> Arm:
+    mode, colon, detail = word.partition(":")
+    match mode:
+        case "cloud" | "edge" if not colon:
+            return Arm(word, mode)
+        case "speculative" if not colon:
+            return Arm(word, mode)
+        case "speculative" if detail.isdecimal() and 1 <= int(detail) <= 64:
+            return Arm(word, mode, num_draft_tokens=int(detail))
+        case "auto" if not colon:
+            return Arm(word, mode)
+        case "auto":
+            for objective in get_args(Objective):
+                if detail == objective:
+                    return Arm(word, mode, objective=objective)
+    known = f"cloud, speculative:K (K from 1 to 64), auto, auto:OBJECTIVE ({', '.join(get_args(Objective))}), edge"
+    raise ConfigError(f"--modes has {word!r}; it takes {known}")
