@@ -97,7 +97,7 @@ class Profile:
 
 
 def run_profile(bundle: Path, connection: Connection | None, num_threads: int, *, remark: Callable[[str], None]) -> Profile:
-    """Measure for half a minute or less, and predict.
+    """Measure for about half a minute, and predict.
 
     Raises:
         BundleError: the bundle cannot be used.
