@@ -13,6 +13,7 @@ from edgecloud.edge.plan import MAX_IN_FLIGHT, Plan
 from edgecloud.types import Objective
 
 DRAFT_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)
+SHORT_FIRST = 1  # a first draft so short keeps the cloud at work while the rest is drafted
 LATER = 0.93  # of the present plan's promise: what another mode must promise to be switched to
 OTHER_LENGTH = 0.98  # the same for another draft length
 DWELL_S = 0.5  # a mode is kept for at least so long
@@ -66,9 +67,11 @@ class Controller:
         survival = known.acceptance.survival(lengths[-1])
         arms = [Arm(Plan("cloud", 0), Price(known.cloud.stream_ms(context_tokens), 1.0))]
         for length in lengths:
-            pass_ms = known.cloud.pass_ms(length + 1, context_tokens)
-            price = overlapped(survival, length, step_ms, rtt_ms, pass_ms, MAX_IN_FLIGHT, known.cloud.queue_ms)
-            arms.append(Arm(Plan("speculative", length), price))
+            pass_ms, queue_ms = known.cloud.pass_ms(length + 1, context_tokens), known.cloud.queue_ms
+            for first in sorted({SHORT_FIRST, length}):
+                first_ms = known.cloud.pass_ms(first + 1, context_tokens)
+                price = overlapped(survival, length, step_ms, rtt_ms, pass_ms, MAX_IN_FLIGHT, queue_ms, (first, first_ms))
+                arms.append(Arm(Plan("speculative", length, num_first_tokens=first), price))
         return arms
 
     def _rtt_ms(self, now_s: float) -> float:

@@ -426,14 +426,14 @@ class Pilot:
             if room <= 0 or base > len(self.tail) or not self._stops.isdisjoint(self.tail[:base]):
                 return
             length = min(plan.num_draft_tokens, self._max_draft)
-            if self._backlog or not self._opened:
+            if self._backlog or not self._opened:  # all that there is, or the prompt alone
                 length = min(self._max_draft if self._backlog else 0, len(self.tail) - base)
             length = min(length, room - 1)
             draft = self.tail[base : base + length]
             stop = next((at for at, token in enumerate(draft) if token in self._stops), None)
             if stop is not None:
                 del draft[stop + 1 :]
-            elif len(draft) < length:
+            elif len(draft) < (length if last else min(length, plan.first)):
                 return
             if last and not draft and self._backlog:
                 return

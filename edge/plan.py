@@ -13,12 +13,21 @@ SHADOW_TOKENS = 2  # drafted beside a stream: they tell the acceptance, and are 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`cloud`: the target's tokens are streamed. `speculative`: drafts of this length are verified, several on their way."""
+    """`cloud`: the target's tokens are streamed. `speculative`: drafts of this length are verified, several on their way.
+
+    While nothing is on its way the cloud is idle: then a draft of `num_first_tokens` is enough to send what there is.
+    """
 
     mode: Mode
     num_draft_tokens: int
     max_in_flight: int = MAX_IN_FLIGHT
     num_shadow_tokens: int = SHADOW_TOKENS
+    num_first_tokens: int | None = None  # None: a whole draft
+
+    @property
+    def first(self) -> int:
+        """Tokens of the draft that leaves when nothing is on its way, at least."""
+        return self.num_draft_tokens if self.num_first_tokens is None else self.num_first_tokens
 
     @property
     def lookahead(self) -> int:

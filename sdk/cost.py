@@ -41,6 +41,7 @@ def overlapped(
     verify_ms: float,
     max_in_flight: int,
     queue_ms: float = 0.0,
+    first: tuple[int, float] | None = None,
 ) -> Price:
     """Speculation with drafts on their way while the next are made (edge/pilot.py), from one wrong guess to the next.
 
@@ -56,28 +57,28 @@ def overlapped(
         verify_ms: a pass over K + 1 positions.
         max_in_flight: drafts on their way at a time.
         queue_ms: until the pass begins, unless the one before has kept the place.
+        first: length of the first draft and ms of its pass, where they are not K's.
     """
-    length = num_draft_tokens + 1
+    first_length, first_ms = first or (num_draft_tokens, verify_ms)
     surviving, num_tokens, num_passes, total_ms = 1.0, 0.0, 0.0, draft_ms / 2
     pass_end_ms = 0.0
     verdicts: list[float] = []  # when they arrive
-    reach = _reach(survival, length)
+    reach = _reach(survival, num_draft_tokens + 1)
     sums = [0.0, *accumulate(reach)]
-    flight = 0
-    while surviving > NEGLIGIBLE and flight * length < FURTHEST:
-        sent_ms = (num_draft_tokens + flight * length) * draft_ms
-        if flight >= max_in_flight:
-            sent_ms = max(sent_ms, verdicts[flight - max_in_flight])
-        pass_end_ms = max(sent_ms + rtt_ms / 2 + queue_ms, pass_end_ms) + verify_ms
+    start, length, pass_ms = 0, first_length + 1, first_ms
+    while surviving > NEGLIGIBLE and start < FURTHEST:
+        sent_ms = (start + length - 1) * draft_ms
+        if len(verdicts) >= max_in_flight:
+            sent_ms = max(sent_ms, verdicts[-max_in_flight])
+        pass_end_ms = max(sent_ms + rtt_ms / 2 + queue_ms, pass_end_ms) + pass_ms
         verdicts.append(pass_end_ms + rtt_ms / 2)
         num_passes += surviving
-        first = flight * length
-        flight += 1
-        num_tokens += sums[first + length] - sums[first]
-        survives = reach[first + length]
-        last = survives <= NEGLIGIBLE or first + length >= FURTHEST
+        num_tokens += sums[start + length] - sums[start]
+        start += length
+        survives = reach[start]
+        last = survives <= NEGLIGIBLE or start >= FURTHEST
         total_ms += (surviving - (0.0 if last else survives)) * verdicts[-1]
-        surviving = survives
+        surviving, length, pass_ms = survives, num_draft_tokens + 1, verify_ms
     return Price(total_ms / num_tokens, num_passes / num_tokens)
 
 

@@ -85,6 +85,8 @@ def ttft_by_link(bench: Bench) -> Figure:
 
 def acceptance_by_position(bench: Bench) -> Figure:
     """Share of rounds that accepted at least so many draft tokens, over all links of an arm."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = _figure()
     for at, arm in enumerate(bench.arms):
         cells = [cell for cell in _speculative(bench) if cell.arm == arm.name and cell.survival]
@@ -93,7 +95,7 @@ def acceptance_by_position(bench: Bench) -> Figure:
         shares = [sum(column) / len(cells) for column in zip(*(cell.survival for cell in cells), strict=False)]
         axes.plot(range(1, len(shares) + 1), shares, label=arm.name, marker=MARKERS[at % len(MARKERS)], color=f"C{at}")
     axes.set(xlabel="draft position", ylabel="rounds that accepted at least so many", ylim=(0, 1))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(fontsize=8)
     return figure
 
@@ -112,7 +114,7 @@ def timeline(bench: Bench, arm: Arm) -> Figure:
         spans = sample.reply.mode_timeline
         ends = [*(span.token for span in spans[1:]), len(sample.reply.token_ids)]
         bars = [(span.token, end - span.token) for span, end in zip(spans, ends, strict=True)]
-        axes.broken_barh(bars, (row - 0.4, 0.8), facecolors=[_colour(span, scale.to_rgba) for span in spans])
+        axes.broken_barh(bars, (row - 0.4, 0.8), facecolors=[_colour(span, lambda k: scale.cmap(scale.norm(k))) for span in spans])
     labels = [f"{sample.link}, {sample.prompt + 1}" for sample in samples]
     axes.set_yticks(range(len(samples)), labels, fontsize=6)
     axes.invert_yaxis()

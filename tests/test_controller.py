@@ -95,7 +95,8 @@ def price_of(site: Site, plan: Plan) -> float:
     estimates = seen(site)
     chances = estimates.acceptance.survival(DRAFT_LENGTHS[-1])
     verify_ms = site.verify_ms(plan.num_draft_tokens + 1)
-    return overlapped(chances, plan.num_draft_tokens, site.step_ms, site.rtt_ms, verify_ms, MAX_IN_FLIGHT).ms_per_token
+    first = plan.first, site.verify_ms(plan.first + 1)
+    return overlapped(chances, plan.num_draft_tokens, site.step_ms, site.rtt_ms, verify_ms, MAX_IN_FLIGHT, 0.0, first).ms_per_token
 
 
 @settings(max_examples=40)
