@@ -114,7 +114,9 @@ def timeline(bench: Bench, arm: Arm) -> Figure:
         spans = sample.reply.mode_timeline
         ends = [*(span.token for span in spans[1:]), len(sample.reply.token_ids)]
         bars = [(span.token, end - span.token) for span, end in zip(spans, ends, strict=True)]
-        axes.broken_barh(bars, (row - 0.4, 0.8), facecolors=[_colour(span, lambda k: scale.cmap(scale.norm(k))) for span in spans])
+        axes.broken_barh(
+            bars, (row - 0.4, 0.8), facecolors=[_colour(span, lambda k: scale.get_cmap()(k / LONGEST_DRAFT)) for span in spans]
+        )
     labels = [f"{sample.link}, {sample.prompt + 1}" for sample in samples]
     axes.set_yticks(range(len(samples)), labels, fontsize=6)
     axes.invert_yaxis()
