@@ -19,6 +19,7 @@ MAX_POSITION = 16  # draft positions told apart
 PRIOR_ACCEPTANCE, PRIOR_WEIGHT = 0.6, 4.0  # as of so many tokens
 POOLED_WEIGHT = 8.0  # a position's own count against that of all positions
 MEMORY_TOKENS = 200.0  # after so many tokens an observation counts 1/e
+SETTLED = 8  # observations after which a mean that moves means a change
 SHARED = 0.6  # of a pass's change, in the exponent, that passes of other sizes are taken to share
 SMALL_BYTES = 2048  # a request that takes no time on the line worth knowing
 USUAL_TOKENS = 2000.0  # what is usual follows this slowly
@@ -31,14 +32,16 @@ class Smoothed:
     def __init__(self) -> None:
         self.mean: float | None = None
         self.deviation = 0.0
+        self.count = 0
 
     def add(self, value: float) -> None:
-        """Take in an observation."""
+        """Take in an observation. The first few count alike."""
+        self.count += 1
         if self.mean is None:
             self.mean, self.deviation = value, value / 4
             return
         self.deviation += DEVIATION_SMOOTHING * (abs(value - self.mean) - self.deviation)
-        self.mean += SMOOTHING * (value - self.mean)
+        self.mean += max(SMOOTHING, 1 / self.count) * (value - self.mean)
 
 
 class LinkEstimate:
@@ -139,7 +142,7 @@ class CloudEstimate:
         seen = self._passes.setdefault(num_rows, Smoothed())
         before_ms = seen.mean
         seen.add(compute_ms)
-        if before_ms and seen.mean:
+        if before_ms and seen.mean and seen.count > SETTLED:  # before, a change is the noise of the first few
             for other in self._passes.values():
                 if other is not seen and other.mean is not None:
                     other.mean *= (seen.mean / before_ms) ** SHARED
