@@ -1,7 +1,7 @@
 """Mode `auto` against every fixed mode, over links and loads: what the controller, overlap and guesses bring, and where they lose.
 
 Service and device on a core each, the link beside the service; arms of a prompt one after another, their order rotated.
-    python benchmarks/auto.py [--prompts 4] [--max-new-tokens 48]
+    python benchmarks/auto.py [--prompts 4] [--max-new-tokens 48] [--links 2ms,lte]
 """
 
 from __future__ import annotations
@@ -185,6 +185,7 @@ def over_links(
 def main() -> None:
     parser = harness.arguments(__doc__, __file__)
     parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--links", default=",".join(LINKS), help="as `edgecloud bench` takes them; default: %(default)s")
     parser.add_argument("--max-new-tokens", type=int, default=48)
     options = parser.parse_args()
     bundle, (cloud_cpu, cpu) = harness.find_bundle(options.bundle), harness.cores()
@@ -194,9 +195,10 @@ def main() -> None:
     with harness.pinned(cpu), ExitStack() as stack:
         cloud = stack.enter_context(harness.serving(bundle, cloud_cpu))
         device = Device(bundle, options.max_new_tokens)
-        ways = {name: stack.enter_context(link(name, cloud, cloud_cpu)) for name in LINKS}
+        links = options.links.split(",")
+        ways = {name: stack.enter_context(link(name, cloud, cloud_cpu)) for name in {*links, "20ms", "60ms", "120ms"}}
         device.ask(cloud, "auto", "Warm up.")
-        identical = over_links(device, ways, prompts, figures, raw)
+        identical = over_links(device, {name: ways[name] for name in links}, prompts, figures, raw)
         for name in ("60ms", "120ms"):
             client, pairs = device.client(ways[name], "planned"), []
             for prompt in prompts:
@@ -211,7 +213,7 @@ def main() -> None:
             ("auto (cost) / cloud stream TPOT", ratio(replies["auto:cost"], replies["cloud"], "tpot_ms"), "<=", 1.5),
         ]
         visible = []
-        for name in LINKS:
+        for name in links:
             for prompt in prompts[:2]:
                 edge = device.ask(ways[name], "edge", "Something else, so that nothing is read yet.")
                 edge = device.ask(ways[name], "edge", prompt)
