@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import RLock
 
 from edgecloud.types import CallCost, ServiceLoad
 
@@ -175,7 +176,7 @@ class CloudEstimate:
         fitted = self.fitted_ms(num_rows, context_tokens)
         if not self._passes:
             return fitted
-        nearest = min(self._passes, key=lambda rows: abs(rows - num_rows))
+        nearest = min(list(self._passes), key=lambda rows: abs(rows - num_rows))  # a copy: another generation may add one
         mean = self._passes[nearest].mean or 0.0
         return max(mean / 2, mean + fitted - self.fitted_ms(nearest, context_tokens))
 
@@ -254,27 +255,31 @@ class Estimates:
     cloud: CloudEstimate
     device: DeviceEstimate
     acceptance: AcceptanceEstimate
+    _lock: RLock = field(default_factory=RLock, repr=False)  # generations in mode `cloud` run side by side
 
     def answered(self, cost: CallCost, load: ServiceLoad | None, now_s: float, *, was_idle: bool) -> None:
         """A request's first answer came, with the service's load if it was told."""
-        self.link.add(cost.elapsed_ms - cost.queue_ms - cost.compute_ms, cost.uplink_bytes, now_s, was_idle=was_idle)
-        if load is not None:
-            self.cloud.tell(load)
+        with self._lock:
+            self.link.add(cost.elapsed_ms - cost.queue_ms - cost.compute_ms, cost.uplink_bytes, now_s, was_idle=was_idle)
+            if load is not None:
+                self.cloud.tell(load)
 
     def judged(
         self, num_rows: int, cost: CallCost, load: ServiceLoad | None, now_s: float, *, was_idle: bool, conditional: bool
     ) -> None:
         """A verdict came, of a pass over so many rows of ours. A conditional request's queue is the request before it."""
-        self.answered(cost, load, now_s, was_idle=was_idle)
-        self.cloud.verified(num_rows, cost, conditional=conditional)
+        with self._lock:
+            self.answered(cost, load, now_s, was_idle=was_idle)
+            self.cloud.verified(num_rows, cost, conditional=conditional)
 
     def streamed(self, cost: CallCost, load: ServiceLoad | None, now_s: float, *, was_idle: bool) -> None:
         """A token of a stream came."""
-        if cost.uplink_bytes:
-            self.answered(cost, load, now_s, was_idle=was_idle)
-        else:
-            self.link.heard(now_s)
-            self.cloud.streamed(cost)
+        with self._lock:
+            if cost.uplink_bytes:
+                self.answered(cost, load, now_s, was_idle=was_idle)
+            else:
+                self.link.heard(now_s)
+                self.cloud.streamed(cost)
 
     @classmethod
     def unknown(cls) -> Estimates:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from random import Random
+
 import pytest
 
 from edgecloud.cost import overlapped, survival
@@ -49,3 +52,20 @@ def test_only_the_first_draft_of_a_chain_queues_when_the_cloud_is_the_slow_part(
     assert free.passes_per_token == behind.passes_per_token
     tokens = 1 / (1 - 0.9)  # from one wrong guess to the next
     assert behind.ms_per_token - free.ms_per_token == pytest.approx(40.0 / tokens, rel=0.1)
+
+
+def test_generations_side_by_side_may_feed_and_ask_at_once() -> None:
+    known = Estimates.unknown()
+
+    def work(seed: int) -> None:
+        random = Random(seed)
+        for at in range(3000):
+            cost = CallCost(compute_ms=random.uniform(1, 99), elapsed_ms=random.uniform(100, 200), uplink_bytes=99)
+            known.judged(random.randint(1, 17), cost, None, at / 50, was_idle=False, conditional=False)
+            known.streamed(CallCost(compute_ms=5.0, elapsed_ms=6.0), None, at / 50, was_idle=False)
+            assert known.cloud.pass_ms(random.randint(1, 17), 9) > 0
+            assert (known.link.least_rtt_ms or 0.0) >= 0
+
+    with ThreadPoolExecutor(4) as threads:
+        for done in [threads.submit(work, seed) for seed in range(4)]:
+            done.result()
