@@ -168,7 +168,8 @@ def over_links(
         replies = compare(device, address, [*FIXED, "auto"], prompts)
         identical &= all(len({tuple(r.token_ids) for r in same}) == 1 for same in zip(*replies.values(), strict=True))
         raw[name] = {arm: row(of) for arm, of in replies.items()}
-        best = min(FIXED, key=lambda arm, of=replies: statistics.median(r.metrics.total_ms for r in of[arm]))  # type: ignore[misc]
+        totals = {arm: statistics.median(reply.metrics.total_ms for reply in replies[arm]) for arm in FIXED}
+        best = min(totals, key=totals.__getitem__)
         regrets.append(ratio(replies["auto"], replies[best]))
         raw[name]["best"], raw[name]["auto_to_best"] = best, round(regrets[-1], 3)
         harness.progress(f"{name}: best {best}, auto / best {regrets[-1]:.3f}")

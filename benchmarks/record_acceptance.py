@@ -84,7 +84,6 @@ def main() -> None:
                 texts = target.texts(prompts, options.max_new_tokens, stops, settings)
                 for question, prompt, text in zip(some, prompts, texts, strict=True):
                     bits = ""
-                    drafter.prefill(prompt)
                     for at, token in enumerate(text):
                         [guess] = drafter.draft(prompt + text[:at], 1, settings, ())
                         bits += "01"[guess == token]

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from queue import Empty, SimpleQueue
 
 from edgecloud.edge.courier import Courier, Letter
@@ -97,9 +98,9 @@ def _meet(meet: Callable[[], int], post: Callable[[Letter], None]) -> None:
     try:
         max_draft_tokens = meet()
     except CloudError as error:
-        post(lambda error=error: Failed(None, error))  # type: ignore[misc]
+        post(partial(Failed, None, error))
     except BaseException as error:  # not the cloud's fault: it ends the generation, on its own thread
-        post(lambda error=error: _raise(error))  # type: ignore[misc]
+        post(partial(_raise, error))
     else:
         post(lambda: Met(max_draft_tokens))
 

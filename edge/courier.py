@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grpc
@@ -85,10 +86,9 @@ class Courier:
         def read() -> None:
             try:
                 for reply in stream.call:
-                    came = time.perf_counter()
-                    self._post(lambda reply=reply, came=came: self._take(order.call, stream, cloud, reply, came, was_idle))  # type: ignore[misc]
+                    self._post(partial(self._take, order.call, stream, cloud, reply, time.perf_counter(), was_idle))
             except grpc.RpcError as error:
-                self._post(lambda error=error: self._fail(order.call, stream.call, cloud, error))  # type: ignore[misc]
+                self._post(partial(self._fail, order.call, stream.call, cloud, error))
             else:
                 self._post(lambda: self._end(order, stream, cloud))
 

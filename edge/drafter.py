@@ -21,10 +21,6 @@ class ModelDrafter:
     def _model(self) -> DraftModel:
         return self._load()
 
-    def prefill(self, tokens: Sequence[int]) -> None:
-        """Read the prompt. The logits are thrown away: the first draft finds the cache warm."""
-        self._model.extend_to(list(tokens))
-
     def draft(
         self, tokens: Sequence[int], num_draft_tokens: int, sampling: SamplingSettings, stop_token_ids: Collection[int]
     ) -> list[int]:

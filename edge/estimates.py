@@ -78,12 +78,6 @@ class LinkEstimate:
             self._recent.pop() if self._recent[-1][1] >= value else self._recent.popleft()
         self._recent.append((now_s, value))
 
-    def forget(self) -> None:
-        """Another network: nothing is known."""
-        heard_s = self._heard_s
-        self.__init__()  # type: ignore[misc]
-        self._heard_s = heard_s
-
     @property
     def rtt_ms(self) -> float | None:
         """Smoothed round trip of a small request."""

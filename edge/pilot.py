@@ -158,7 +158,6 @@ class _Flight:
     start: int  # tokens before the draft
     draft_ids: list[int]
     sent_s: float
-    conditional: bool
     verdict: Verdict | None = None  # it has come before the verdict on which it depends
     hedged: bool = False
 
@@ -233,7 +232,7 @@ class Pilot:
         self._opened = False  # the target has read the prompt
         self._may_chain = True  # no flight was refused since the last verdict
         self._resting_until_s: float | None = None
-        self._lost_s: float | None = None
+        self._lost = False
         self._backlog = False  # guesses piled up without the cloud: all of them go into the next flight
         self._offline = False  # for the rest of this generation
 
@@ -330,7 +329,7 @@ class Pilot:
         except (CloudUnavailableError, CloudOverloadedError) as last:
             self._give_up(last)
             return
-        self._lose(str(error), now_s)
+        self._lose(str(error))
 
     def _take_refusal(self, call: int | None, error: ContextMissingError, now_s: float) -> None:
         """The service lacks the context: the guess before it was wrong, which its verdict will say, or it forgot the session."""
@@ -385,14 +384,10 @@ class Pilot:
         if late is not None and waiting is not None and not waiting.hedged:
             waiting.hedged = True
             self.actions.append(Hedge(waiting.call))
-        if late == "lost" and self._lost_s is None:
+        if late == "lost" and not self._lost:
             if self._on_loss == "fail":
                 raise CloudUnavailableError("the cloud has not answered in time")
-            self._lose("the cloud has not answered in time", now_s)
-        if self._lost_s is not None and not self._offline and self._retry.is_spent(self._lost_s, now_s):
-            self._give_up(CloudUnavailableError(f"the cloud has not answered for {now_s - self._lost_s:.1f} s"))
-        if self.finished:
-            return
+            self._lose("the cloud has not answered in time")
         self._draft(plan, late is not None)
         self._finish_unreached()
         self.wake_s = self._next_wake(now_s)
@@ -438,13 +433,13 @@ class Pilot:
             if last and not draft and self._backlog:
                 return
             call = next(self._calls)
-            self._flights.append(_Flight(call, start, draft, now_s, last is not None))
+            self._flights.append(_Flight(call, start, draft, now_s))
             self.actions.append(Verify(call, self.tokens + self.tail[:base], draft, start if last else None))
 
     def _draft(self, plan: Plan, late: bool) -> None:
         if self._drafting or len(self.tokens) + len(self.tail) >= self._end or (self.tail and self.tail[-1] in self._stops):
             return
-        without_cloud = late or self._lost_s is not None or not self._met
+        without_cloud = late or self._lost or not self._met
         limit = plan.lookahead
         if self._offline:
             limit = self._end
@@ -458,14 +453,14 @@ class Pilot:
 
     def _heard(self) -> None:
         """The cloud has answered."""
-        if self._lost_s is not None and self._met:
-            self._lost_s = None
+        if self._lost and self._met:
+            self._lost = False
             self.steps.append(CloudBack())
         self._retry.succeeded()
 
-    def _lose(self, reason: str, now_s: float) -> None:
-        if self._lost_s is None:
-            self._lost_s = now_s
+    def _lose(self, reason: str) -> None:
+        if not self._lost:
+            self._lost = True
             self.steps.append(CloudLost(reason))
         self._backlog = True
 
@@ -484,7 +479,7 @@ class Pilot:
     def _finish_unreached(self) -> None:
         """A cloud that was never met is not waited for."""
         whole = self.tail and (self.tail[-1] in self._stops or len(self.tokens) + len(self.tail) >= self._end)
-        if whole and not self._met and self._lost_s is not None:
+        if whole and not self._met and self._lost:
             self._give_up(CloudUnavailableError("the cloud was not reached"))
 
     def _end_with(self, token_ids: list[int]) -> None:
@@ -520,8 +515,6 @@ class Pilot:
             waited_s, num_new, streaming = waited
             limits = (self._patience.overdue_s(num_new, streaming), self._patience.lost_s(num_new, streaming))
             times += [now_s - waited_s + limit for limit in limits if limit > waited_s + TICK_S]
-        if self._lost_s is not None and not self._offline:
-            times.append(self._retry.spent_at_s(self._lost_s))
         return min(times, default=None)
 
     # Small print

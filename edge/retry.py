@@ -56,14 +56,6 @@ class Retry:
         """Return when the call may be repeated, after a jittered pause where one helps."""
         time.sleep(self.pause_s(error, time.monotonic()))
 
-    def is_spent(self, since_s: float, now_s: float) -> bool:
-        """Whether what was lost at `since_s` has been waited for long enough."""
-        return now_s >= self.spent_at_s(since_s)
-
-    def spent_at_s(self, since_s: float) -> float:
-        """When it will be."""
-        return since_s + self._timeout.retry_s
-
     def pause_s(self, error: CloudError, now_s: float) -> float:
         """How long to wait before the call is repeated. Raises the error when it is not worth repeating, or often enough was."""
         if self._deadline_s is not None and now_s >= self._deadline_s:

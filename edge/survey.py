@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grpc
@@ -183,7 +184,7 @@ def _uplink_ms_per_byte(cloud: Cloud, tokens: list[int]) -> float:
         for some in (tokens[:2], tokens):
             session = RemoteVerifier(cloud)
             request = session.verify_request(some, [], codec.sampling_to_wire(GREEDY), num_assumed=1)
-            times.setdefault(request.ByteSize(), []).append(_timed_ms(lambda s=session, r=request: _refused(s, r)))  # type: ignore[misc]
+            times.setdefault(request.ByteSize(), []).append(_timed_ms(partial(_refused, session, request)))
     (small, small_ms), (large, large_ms) = ((size, statistics.median(ms)) for size, ms in sorted(times.items()))
     return max(0.0, large_ms - small_ms) / (large - small)
 

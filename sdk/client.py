@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Unpack, get_args
 from edgecloud.bundle import Bundle
 from edgecloud.edge.collaborate import collaborate
 from edgecloud.edge.controller import Controller
-from edgecloud.edge.estimates import Estimates
+from edgecloud.edge.estimates import Estimates, LinkEstimate
 from edgecloud.edge.local import decode_locally
 from edgecloud.edge.patience import EstimatedPatience
 from edgecloud.edge.pilot import Pilot, Step
@@ -150,7 +150,7 @@ class Client:
 
         A generation under way goes on by itself, wherever it was.
         """
-        self._estimates.link.forget()
+        self._estimates.link = LinkEstimate()
         if self._replicas is not None:
             self._replicas.reconnect()
 

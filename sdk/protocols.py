@@ -15,9 +15,6 @@ from edgecloud.types import Round, Verdict
 class Drafter(Protocol):
     """Guesses the target's next tokens."""
 
-    def prefill(self, tokens: Sequence[int]) -> None:
-        """Read `tokens` ahead of the first draft, so that the draft need not wait for it."""
-
     def draft(
         self, tokens: Sequence[int], num_draft_tokens: int, sampling: SamplingSettings, stop_token_ids: Collection[int]
     ) -> list[int]:

@@ -170,7 +170,6 @@ def test_ids_that_only_a_padded_target_has_are_read_as_some_other(graph: Path, f
 def test_a_draft_is_the_models_own_choices(graph: Path, fresh: Callable[[list[int]], Row], sampling: SamplingSettings) -> None:
     drafter = ModelDrafter(lambda: DraftModel(graph, WINDOW, 1), VOCAB_SIZE)
     log = random_tokens(10)
-    drafter.prefill(tuple(log))
     draft = drafter.draft(log, 6, sampling, ())
     for number, token in enumerate(draft):
         so_far = [*log, *draft[:number]]
@@ -190,7 +189,7 @@ def test_a_drafter_loads_its_model_when_it_is_first_needed(graph: Path) -> None:
 
     drafter = ModelDrafter(load, VOCAB_SIZE)
     assert not loads
-    drafter.prefill([1, 2])
+    drafter.draft([1, 2], 1, SamplingSettings(), ())
     drafter.draft([1, 2], 2, SamplingSettings(), ())
     assert len(loads) == 1
 

@@ -163,9 +163,6 @@ class ScriptedDrafter:
     expected: list[int]
     wrong_at: Callable[[int], bool]  # number of the generated token
 
-    def prefill(self, tokens: Sequence[int]) -> None:
-        assert len(tokens) == self.num_prompt_tokens
-
     def draft(
         self, tokens: Sequence[int], num_draft_tokens: int, sampling: SamplingSettings, stop_token_ids: Collection[int]
     ) -> list[int]:

@@ -177,9 +177,9 @@ class World:
         pilot = {
             name: value for name, value in vars(self.pilot).items() if name not in {"_planner", "_retry", "_patience", "_tally"}
         }
-        for name in ("wake_s", "_resting_until_s", "_lost_s"):  # only whether there is one
+        for name in ("wake_s", "_resting_until_s"):  # only whether there is one
             pilot[name] = pilot[name] is not None
-        pilot["_flights"] = [(f.call, f.start, f.draft_ids, f.conditional, f.verdict) for f in self.pilot._flights]
+        pilot["_flights"] = [(f.call, f.start, f.draft_ids, f.verdict) for f in self.pilot._flights]
         pilot["_stream"] = self.pilot._stream and (self.pilot._stream.call, self.pilot._stream.num_heard)
         rest = self.draft, self.requests, sorted(map(str, self.replies)), self.session, self.final, self.guessed, self.trouble_left
         return str((sorted(pilot.items()), rest))
@@ -456,3 +456,15 @@ def test_every_guess_is_counted_by_its_place_after_the_last_wrong_one() -> None:
     pilot.take(Judged(call.call, Verdict(1, 77, COST)), 0.2)
     drafting(pilot, [*TEXT[:2], 77, *TEXT[3:]])
     assert counts.seen == [(0, True), (1, True), (2, False)]
+
+
+@pytest.mark.parametrize("on_loss", ["wait", "continue"])
+def test_a_call_under_way_is_not_given_up_however_late_it_is(on_loss: LossPolicy) -> None:
+    """A call has a time limit of its own; a long prompt may take a slow cloud longer than `retry_s`."""
+    pilot = opened(on_loss=on_loss, timeout=Timeout(retry_s=5.0))
+    [call] = drafting(pilot, now_s=0.1)
+    for second in (2.0, 10.0, 20.0):
+        pilot.take(Tick(), second)
+        assert drafting(pilot, now_s=second) == []
+    pilot.take(Judged(call.call, Verdict(2, TEXT[3], COST)), 25.0)
+    assert pilot.tokens == PROMPT + TEXT[:4]

@@ -428,9 +428,6 @@ def test_a_session_spoilt_behind_its_back_heals_itself(
 class NoDrafter:
     """Guesses nothing that is ever right."""
 
-    def prefill(self, tokens: Sequence[int]) -> None:
-        pass
-
     def draft(self, tokens: Sequence[int], num_draft_tokens: int, *_: Any) -> list[int]:
         return [259] * num_draft_tokens
 
