@@ -209,7 +209,7 @@ def _predict(estimates: Estimates, first_ms: float, context_tokens: int, max_dra
     return [
         Prediction(arm.plan.mode, arm.plan.num_draft_tokens, arm.price.ms_per_token, first_ms, arm.price.passes_per_token)
         for arm in arms
-        if arm.plan.mode == "cloud" or arm.plan.num_draft_tokens in SHOWN_DRAFT_LENGTHS
+        if arm.plan.mode == "cloud" or (arm.plan.first == arm.plan.num_draft_tokens in SHOWN_DRAFT_LENGTHS)  # as users ask for it
     ]
 
 

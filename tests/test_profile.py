@@ -92,6 +92,7 @@ def test_with_a_cloud_all_of_it_is_measured(tiny_pair: Pair, tiny_server: Server
     assert all(0 <= later <= sooner <= 1 for sooner, later in pairwise(chances))
     rows = {(row["mode"], row["num_draft_tokens"]): row for row in found["predictions"]}
     assert set(rows) == {("edge", 0), ("cloud", 0), *(("speculative", length) for length in (1, 2, 4, 8))}
+    assert len(rows) == len(found["predictions"])
     assert rows["cloud", 0]["tpot_ms"] == pytest.approx(found["cloud"]["stream_ms"]["median"])
     assert (rows["edge", 0]["passes_per_token"], rows["cloud", 0]["passes_per_token"]) == (0, 1)
     assert all(row["tpot_ms"] > 0 and row["ttft_ms"] > 0 for row in rows.values())
