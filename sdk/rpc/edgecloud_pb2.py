@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x65\x64gecloud/rpc/edgecloud.proto\x12\x0c\x65\x64gecloud.v1\"\x11\n\x0f\x44\x65scribeRequest\"\x89\x02\n\rDescribeReply\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x16\n\x0eserver_version\x18\x02 \x01(\t\x12\x12\n\nmodel_name\x18\x03 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x04 \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x05 \x01(\t\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12$\n\x06limits\x18\x08 \x01(\x0b\x32\x14.edgecloud.v1.Limits\x12 \n\x04load\x18\t \x01(\x0b\x32\x12.edgecloud.v1.Load\x12\r\n\x05\x65xact\x18\n \x01(\t\"o\n\x06Limits\x12\x1a\n\x12max_context_tokens\x18\x01 \x01(\r\x12\x18\n\x10max_draft_tokens\x18\x02 \x01(\r\x12\x19\n\x11max_message_bytes\x18\x03 \x01(\r\x12\x14\n\x0cmax_sessions\x18\x04 \x01(\r\"\xb0\x01\n\x04Load\x12\x14\n\x0cnum_sessions\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x16\n\x0enum_free_pages\x18\x03 \x01(\r\x12\x11\n\tnum_pages\x18\x04 \x01(\r\x12\x14\n\x0cpass_base_ms\x18\x05 \x01(\x02\x12\x19\n\x11pass_per_token_ms\x18\x06 \x01(\x02\x12!\n\x19pass_per_context_token_ms\x18\x07 \x01(\x02\"g\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x04 \x01(\x01\x12\x0c\n\x04seed\x18\x05 \x01(\x04\"\xb5\x01\n\rVerifyRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x15\n\rcontext_start\x18\x02 \x01(\x05\x12\x13\n\x0b\x63ontext_ids\x18\x03 \x03(\r\x12\x11\n\tdraft_ids\x18\x04 \x03(\r\x12(\n\x08sampling\x18\x05 \x01(\x0b\x32\x16.edgecloud.v1.Sampling\x12\x14\n\x0c\x63ontext_hash\x18\x06 \x01(\x06\x12\x11\n\tpair_hash\x18\t \x01(\x06\"\xb6\x01\n\x0bVerifyReply\x12\x14\n\x0cnum_accepted\x18\x01 \x01(\r\x12\x15\n\rnext_token_id\x18\x02 \x01(\r\x12\x15\n\rcached_length\x18\x03 \x01(\r\x12\x10\n\x08queue_ms\x18\x04 \x01(\x02\x12\x12\n\ncompute_ms\x18\x05 \x01(\x02\x12\x15\n\rtarget_passes\x18\x06 \x01(\x02\x12 \n\x04load\x18\x08 \x01(\x0b\x32\x12.edgecloud.v1.LoadJ\x04\x08\x07\x10\x08\"\xd2\x01\n\rDecodeRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x15\n\rcontext_start\x18\x02 \x01(\x05\x12\x13\n\x0b\x63ontext_ids\x18\x03 \x03(\r\x12(\n\x08sampling\x18\x05 \x01(\x0b\x32\x16.edgecloud.v1.Sampling\x12\x14\n\x0c\x63ontext_hash\x18\x06 \x01(\x06\x12\x16\n\x0emax_new_tokens\x18\x07 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x11\n\tpair_hash\x18\t \x01(\x06\"\x7f\n\x0b\x44\x65\x63odeReply\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08queue_ms\x18\x02 \x01(\x02\x12\x12\n\ncompute_ms\x18\x03 \x01(\x02\x12\x15\n\rtarget_passes\x18\x04 \x01(\x02\x12 \n\x04load\x18\x05 \x01(\x0b\x32\x12.edgecloud.v1.Load\"$\n\x0eReleaseRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\"\x0e\n\x0cReleaseReply\"W\n\x0b\x45rrorDetail\x12\x15\n\rcached_length\x18\x01 \x01(\r\x12\x16\n\x0eretry_after_ms\x18\x02 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\t2\xa1\x02\n\x0cVerification\x12\x46\n\x08\x44\x65scribe\x12\x1d.edgecloud.v1.DescribeRequest\x1a\x1b.edgecloud.v1.DescribeReply\x12@\n\x06Verify\x12\x1b.edgecloud.v1.VerifyRequest\x1a\x19.edgecloud.v1.VerifyReply\x12\x42\n\x06\x44\x65\x63ode\x12\x1b.edgecloud.v1.DecodeRequest\x1a\x19.edgecloud.v1.DecodeReply0\x01\x12\x43\n\x07Release\x12\x1c.edgecloud.v1.ReleaseRequest\x1a\x1a.edgecloud.v1.ReleaseReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x65\x64gecloud/rpc/edgecloud.proto\x12\x0c\x65\x64gecloud.v1\"\x11\n\x0f\x44\x65scribeRequest\"\xc9\x02\n\rDescribeReply\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x16\n\x0eserver_version\x18\x02 \x01(\t\x12\x12\n\nmodel_name\x18\x03 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x04 \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x05 \x01(\t\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12$\n\x06limits\x18\x08 \x01(\x0b\x32\x14.edgecloud.v1.Limits\x12 \n\x04load\x18\t \x01(\x0b\x32\x12.edgecloud.v1.Load\x12\r\n\x05\x65xact\x18\n \x01(\t\x12\x11\n\ttail_cuts\x18\x0b \x03(\r\x12\x17\n\x0f\x62oundary_codecs\x18\x0c \x03(\t\x12\x12\n\ngraph_cuts\x18\r \x03(\t\"o\n\x06Limits\x12\x1a\n\x12max_context_tokens\x18\x01 \x01(\r\x12\x18\n\x10max_draft_tokens\x18\x02 \x01(\r\x12\x19\n\x11max_message_bytes\x18\x03 \x01(\r\x12\x14\n\x0cmax_sessions\x18\x04 \x01(\r\"\xb0\x01\n\x04Load\x12\x14\n\x0cnum_sessions\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x16\n\x0enum_free_pages\x18\x03 \x01(\r\x12\x11\n\tnum_pages\x18\x04 \x01(\r\x12\x14\n\x0cpass_base_ms\x18\x05 \x01(\x02\x12\x19\n\x11pass_per_token_ms\x18\x06 \x01(\x02\x12!\n\x19pass_per_context_token_ms\x18\x07 \x01(\x02\"g\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x04 \x01(\x01\x12\x0c\n\x04seed\x18\x05 \x01(\x04\"\xb5\x01\n\rVerifyRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x15\n\rcontext_start\x18\x02 \x01(\x05\x12\x13\n\x0b\x63ontext_ids\x18\x03 \x03(\r\x12\x11\n\tdraft_ids\x18\x04 \x03(\r\x12(\n\x08sampling\x18\x05 \x01(\x0b\x32\x16.edgecloud.v1.Sampling\x12\x14\n\x0c\x63ontext_hash\x18\x06 \x01(\x06\x12\x11\n\tpair_hash\x18\t \x01(\x06\"\xb6\x01\n\x0bVerifyReply\x12\x14\n\x0cnum_accepted\x18\x01 \x01(\r\x12\x15\n\rnext_token_id\x18\x02 \x01(\r\x12\x15\n\rcached_length\x18\x03 \x01(\r\x12\x10\n\x08queue_ms\x18\x04 \x01(\x02\x12\x12\n\ncompute_ms\x18\x05 \x01(\x02\x12\x15\n\rtarget_passes\x18\x06 \x01(\x02\x12 \n\x04load\x18\x08 \x01(\x0b\x32\x12.edgecloud.v1.LoadJ\x04\x08\x07\x10\x08\"\xc8\x01\n\x0bTailRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x15\n\rcontext_start\x18\x02 \x01(\x05\x12\x0c\n\x04rows\x18\x03 \x01(\x0c\x12\x11\n\tdraft_ids\x18\x04 \x03(\r\x12(\n\x08sampling\x18\x05 \x01(\x0b\x32\x16.edgecloud.v1.Sampling\x12\x14\n\x0c\x63ontext_hash\x18\x06 \x01(\x06\x12\x0b\n\x03\x63ut\x18\x07 \x01(\r\x12\r\n\x05\x63odec\x18\x08 \x01(\t\x12\x11\n\tpair_hash\x18\t \x01(\x06\"Q\n\x06Tensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\r\x12\r\n\x05\x63odec\x18\x04 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"U\n\x0cInferRequest\x12\x0b\n\x03\x63ut\x18\x01 \x01(\t\x12$\n\x06inputs\x18\x02 \x03(\x0b\x32\x14.edgecloud.v1.Tensor\x12\x12\n\ngraph_hash\x18\t \x01(\x06\"n\n\nInferReply\x12%\n\x07outputs\x18\x01 \x03(\x0b\x32\x14.edgecloud.v1.Tensor\x12\x10\n\x08queue_ms\x18\x02 \x01(\x02\x12\x12\n\ncompute_ms\x18\x03 \x01(\x02\x12\x13\n\x0bnum_batched\x18\x04 \x01(\r\"\xd2\x01\n\rDecodeRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x15\n\rcontext_start\x18\x02 \x01(\x05\x12\x13\n\x0b\x63ontext_ids\x18\x03 \x03(\r\x12(\n\x08sampling\x18\x05 \x01(\x0b\x32\x16.edgecloud.v1.Sampling\x12\x14\n\x0c\x63ontext_hash\x18\x06 \x01(\x06\x12\x16\n\x0emax_new_tokens\x18\x07 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x11\n\tpair_hash\x18\t \x01(\x06\"\x7f\n\x0b\x44\x65\x63odeReply\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08queue_ms\x18\x02 \x01(\x02\x12\x12\n\ncompute_ms\x18\x03 \x01(\x02\x12\x15\n\rtarget_passes\x18\x04 \x01(\x02\x12 \n\x04load\x18\x05 \x01(\x0b\x32\x12.edgecloud.v1.Load\"$\n\x0eReleaseRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\"\x0e\n\x0cReleaseReply\"W\n\x0b\x45rrorDetail\x12\x15\n\rcached_length\x18\x01 \x01(\r\x12\x16\n\x0eretry_after_ms\x18\x02 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\t2\x9e\x03\n\x0cVerification\x12\x46\n\x08\x44\x65scribe\x12\x1d.edgecloud.v1.DescribeRequest\x1a\x1b.edgecloud.v1.DescribeReply\x12@\n\x06Verify\x12\x1b.edgecloud.v1.VerifyRequest\x1a\x19.edgecloud.v1.VerifyReply\x12\x42\n\x06\x44\x65\x63ode\x12\x1b.edgecloud.v1.DecodeRequest\x1a\x19.edgecloud.v1.DecodeReply0\x01\x12<\n\x04Tail\x12\x19.edgecloud.v1.TailRequest\x1a\x19.edgecloud.v1.VerifyReply\x12=\n\x05Infer\x12\x1a.edgecloud.v1.InferRequest\x1a\x18.edgecloud.v1.InferReply\x12\x43\n\x07Release\x12\x1c.edgecloud.v1.ReleaseRequest\x1a\x1a.edgecloud.v1.ReleaseReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,27 +34,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DESCRIBEREQUEST']._serialized_start=47
   _globals['_DESCRIBEREQUEST']._serialized_end=64
   _globals['_DESCRIBEREPLY']._serialized_start=67
-  _globals['_DESCRIBEREPLY']._serialized_end=332
-  _globals['_LIMITS']._serialized_start=334
-  _globals['_LIMITS']._serialized_end=445
-  _globals['_LOAD']._serialized_start=448
-  _globals['_LOAD']._serialized_end=624
-  _globals['_SAMPLING']._serialized_start=626
-  _globals['_SAMPLING']._serialized_end=729
-  _globals['_VERIFYREQUEST']._serialized_start=732
-  _globals['_VERIFYREQUEST']._serialized_end=913
-  _globals['_VERIFYREPLY']._serialized_start=916
-  _globals['_VERIFYREPLY']._serialized_end=1098
-  _globals['_DECODEREQUEST']._serialized_start=1101
-  _globals['_DECODEREQUEST']._serialized_end=1311
-  _globals['_DECODEREPLY']._serialized_start=1313
-  _globals['_DECODEREPLY']._serialized_end=1440
-  _globals['_RELEASEREQUEST']._serialized_start=1442
-  _globals['_RELEASEREQUEST']._serialized_end=1478
-  _globals['_RELEASEREPLY']._serialized_start=1480
-  _globals['_RELEASEREPLY']._serialized_end=1494
-  _globals['_ERRORDETAIL']._serialized_start=1496
-  _globals['_ERRORDETAIL']._serialized_end=1583
-  _globals['_VERIFICATION']._serialized_start=1586
-  _globals['_VERIFICATION']._serialized_end=1875
+  _globals['_DESCRIBEREPLY']._serialized_end=396
+  _globals['_LIMITS']._serialized_start=398
+  _globals['_LIMITS']._serialized_end=509
+  _globals['_LOAD']._serialized_start=512
+  _globals['_LOAD']._serialized_end=688
+  _globals['_SAMPLING']._serialized_start=690
+  _globals['_SAMPLING']._serialized_end=793
+  _globals['_VERIFYREQUEST']._serialized_start=796
+  _globals['_VERIFYREQUEST']._serialized_end=977
+  _globals['_VERIFYREPLY']._serialized_start=980
+  _globals['_VERIFYREPLY']._serialized_end=1162
+  _globals['_TAILREQUEST']._serialized_start=1165
+  _globals['_TAILREQUEST']._serialized_end=1365
+  _globals['_TENSOR']._serialized_start=1367
+  _globals['_TENSOR']._serialized_end=1448
+  _globals['_INFERREQUEST']._serialized_start=1450
+  _globals['_INFERREQUEST']._serialized_end=1535
+  _globals['_INFERREPLY']._serialized_start=1537
+  _globals['_INFERREPLY']._serialized_end=1647
+  _globals['_DECODEREQUEST']._serialized_start=1650
+  _globals['_DECODEREQUEST']._serialized_end=1860
+  _globals['_DECODEREPLY']._serialized_start=1862
+  _globals['_DECODEREPLY']._serialized_end=1989
+  _globals['_RELEASEREQUEST']._serialized_start=1991
+  _globals['_RELEASEREQUEST']._serialized_end=2027
+  _globals['_RELEASEREPLY']._serialized_start=2029
+  _globals['_RELEASEREPLY']._serialized_end=2043
+  _globals['_ERRORDETAIL']._serialized_start=2045
+  _globals['_ERRORDETAIL']._serialized_end=2132
+  _globals['_VERIFICATION']._serialized_start=2135
+  _globals['_VERIFICATION']._serialized_end=2549
 # @@protoc_insertion_point(module_scope)

@@ -11,7 +11,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeReply(_message.Message):
-    __slots__ = ("protocol_version", "server_version", "model_name", "model_fingerprint", "tokenizer_fingerprint", "vocab_size", "dtype", "limits", "load", "exact")
+    __slots__ = ("protocol_version", "server_version", "model_name", "model_fingerprint", "tokenizer_fingerprint", "vocab_size", "dtype", "limits", "load", "exact", "tail_cuts", "boundary_codecs", "graph_cuts")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
@@ -22,6 +22,9 @@ class DescribeReply(_message.Message):
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     EXACT_FIELD_NUMBER: _ClassVar[int]
+    TAIL_CUTS_FIELD_NUMBER: _ClassVar[int]
+    BOUNDARY_CODECS_FIELD_NUMBER: _ClassVar[int]
+    GRAPH_CUTS_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     server_version: str
     model_name: str
@@ -32,7 +35,10 @@ class DescribeReply(_message.Message):
     limits: Limits
     load: Load
     exact: str
-    def __init__(self, protocol_version: _Optional[int] = ..., server_version: _Optional[str] = ..., model_name: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ..., vocab_size: _Optional[int] = ..., dtype: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., exact: _Optional[str] = ...) -> None: ...
+    tail_cuts: _containers.RepeatedScalarFieldContainer[int]
+    boundary_codecs: _containers.RepeatedScalarFieldContainer[str]
+    graph_cuts: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, protocol_version: _Optional[int] = ..., server_version: _Optional[str] = ..., model_name: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ..., vocab_size: _Optional[int] = ..., dtype: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., exact: _Optional[str] = ..., tail_cuts: _Optional[_Iterable[int]] = ..., boundary_codecs: _Optional[_Iterable[str]] = ..., graph_cuts: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_context_tokens", "max_draft_tokens", "max_message_bytes", "max_sessions")
@@ -113,6 +119,64 @@ class VerifyReply(_message.Message):
     target_passes: float
     load: Load
     def __init__(self, num_accepted: _Optional[int] = ..., next_token_id: _Optional[int] = ..., cached_length: _Optional[int] = ..., queue_ms: _Optional[float] = ..., compute_ms: _Optional[float] = ..., target_passes: _Optional[float] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
+
+class TailRequest(_message.Message):
+    __slots__ = ("session_id", "context_start", "rows", "draft_ids", "sampling", "context_hash", "cut", "codec", "pair_hash")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_START_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_IDS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_HASH_FIELD_NUMBER: _ClassVar[int]
+    CUT_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    PAIR_HASH_FIELD_NUMBER: _ClassVar[int]
+    session_id: bytes
+    context_start: int
+    rows: bytes
+    draft_ids: _containers.RepeatedScalarFieldContainer[int]
+    sampling: Sampling
+    context_hash: int
+    cut: int
+    codec: str
+    pair_hash: int
+    def __init__(self, session_id: _Optional[bytes] = ..., context_start: _Optional[int] = ..., rows: _Optional[bytes] = ..., draft_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., context_hash: _Optional[int] = ..., cut: _Optional[int] = ..., codec: _Optional[str] = ..., pair_hash: _Optional[int] = ...) -> None: ...
+
+class Tensor(_message.Message):
+    __slots__ = ("name", "dtype", "shape", "codec", "data")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    dtype: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    codec: str
+    data: bytes
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., codec: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class InferRequest(_message.Message):
+    __slots__ = ("cut", "inputs", "graph_hash")
+    CUT_FIELD_NUMBER: _ClassVar[int]
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
+    GRAPH_HASH_FIELD_NUMBER: _ClassVar[int]
+    cut: str
+    inputs: _containers.RepeatedCompositeFieldContainer[Tensor]
+    graph_hash: int
+    def __init__(self, cut: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., graph_hash: _Optional[int] = ...) -> None: ...
+
+class InferReply(_message.Message):
+    __slots__ = ("outputs", "queue_ms", "compute_ms", "num_batched")
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_MS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BATCHED_FIELD_NUMBER: _ClassVar[int]
+    outputs: _containers.RepeatedCompositeFieldContainer[Tensor]
+    queue_ms: float
+    compute_ms: float
+    num_batched: int
+    def __init__(self, outputs: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., queue_ms: _Optional[float] = ..., compute_ms: _Optional[float] = ..., num_batched: _Optional[int] = ...) -> None: ...
 
 class DecodeRequest(_message.Message):
     __slots__ = ("session_id", "context_start", "context_ids", "sampling", "context_hash", "max_new_tokens", "stop_token_ids", "pair_hash")

@@ -49,6 +49,16 @@ class VerificationStub(object):
                 request_serializer=edgecloud_dot_rpc_dot_edgecloud__pb2.DecodeRequest.SerializeToString,
                 response_deserializer=edgecloud_dot_rpc_dot_edgecloud__pb2.DecodeReply.FromString,
                 _registered_method=True)
+        self.Tail = channel.unary_unary(
+                '/edgecloud.v1.Verification/Tail',
+                request_serializer=edgecloud_dot_rpc_dot_edgecloud__pb2.TailRequest.SerializeToString,
+                response_deserializer=edgecloud_dot_rpc_dot_edgecloud__pb2.VerifyReply.FromString,
+                _registered_method=True)
+        self.Infer = channel.unary_unary(
+                '/edgecloud.v1.Verification/Infer',
+                request_serializer=edgecloud_dot_rpc_dot_edgecloud__pb2.InferRequest.SerializeToString,
+                response_deserializer=edgecloud_dot_rpc_dot_edgecloud__pb2.InferReply.FromString,
+                _registered_method=True)
         self.Release = channel.unary_unary(
                 '/edgecloud.v1.Verification/Release',
                 request_serializer=edgecloud_dot_rpc_dot_edgecloud__pb2.ReleaseRequest.SerializeToString,
@@ -80,6 +90,21 @@ class VerificationServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Tail(self, request, context):
+        """Verify for a split target: the device has run the target's first layers and sends what comes out of them, never the prompt's ids.
+        Idempotent in the same sense.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Infer(self, request, context):
+        """Runs the cloud's part of an ONNX graph. Stateless.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Release(self, request, context):
         """The client will not use this session again.
         """
@@ -104,6 +129,16 @@ def add_VerificationServicer_to_server(servicer, server):
                     servicer.Decode,
                     request_deserializer=edgecloud_dot_rpc_dot_edgecloud__pb2.DecodeRequest.FromString,
                     response_serializer=edgecloud_dot_rpc_dot_edgecloud__pb2.DecodeReply.SerializeToString,
+            ),
+            'Tail': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tail,
+                    request_deserializer=edgecloud_dot_rpc_dot_edgecloud__pb2.TailRequest.FromString,
+                    response_serializer=edgecloud_dot_rpc_dot_edgecloud__pb2.VerifyReply.SerializeToString,
+            ),
+            'Infer': grpc.unary_unary_rpc_method_handler(
+                    servicer.Infer,
+                    request_deserializer=edgecloud_dot_rpc_dot_edgecloud__pb2.InferRequest.FromString,
+                    response_serializer=edgecloud_dot_rpc_dot_edgecloud__pb2.InferReply.SerializeToString,
             ),
             'Release': grpc.unary_unary_rpc_method_handler(
                     servicer.Release,
@@ -192,6 +227,60 @@ class Verification(object):
             '/edgecloud.v1.Verification/Decode',
             edgecloud_dot_rpc_dot_edgecloud__pb2.DecodeRequest.SerializeToString,
             edgecloud_dot_rpc_dot_edgecloud__pb2.DecodeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tail(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/edgecloud.v1.Verification/Tail',
+            edgecloud_dot_rpc_dot_edgecloud__pb2.TailRequest.SerializeToString,
+            edgecloud_dot_rpc_dot_edgecloud__pb2.VerifyReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Infer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/edgecloud.v1.Verification/Infer',
+            edgecloud_dot_rpc_dot_edgecloud__pb2.InferRequest.SerializeToString,
+            edgecloud_dot_rpc_dot_edgecloud__pb2.InferReply.FromString,
             options,
             channel_credentials,
             insecure,
