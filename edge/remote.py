@@ -149,6 +149,9 @@ class Cloud:
             exact=reply.exact,
             max_context_tokens=reply.limits.max_context_tokens,
             max_draft_tokens=reply.limits.max_draft_tokens,
+            max_message_bytes=reply.limits.max_message_bytes,
+            tail_cuts=list(reply.tail_cuts),
+            boundary_codecs=list(reply.boundary_codecs),
         )
 
     def heard(self, reply: pb.DescribeReply | pb.VerifyReply | pb.DecodeReply) -> None:
@@ -169,8 +172,8 @@ class Cloud:
         self._channel.close()
 
 
-class RemoteVerifier:
-    """Implements `protocols.Verifier` over one session of a service.
+class ServiceSession:
+    """A session of a service: who it is, and what the service is known to have of it.
 
     `deadline_s` is a `time.monotonic()` after which calls raise DeadlineExceededError; None: no limit.
     """
@@ -182,6 +185,54 @@ class RemoteVerifier:
         self._server_tokens: list[int] = []  # what the service has of this session
         self._opened = False
         self._lock = threading.Lock()  # `release` may come from another thread than the calls
+
+    @property
+    def address(self) -> str:
+        """Of the service."""
+        return self._cloud.address
+
+    @property
+    def load(self) -> ServiceLoad | None:
+        """The service's, as of its latest reply."""
+        return self._cloud.load
+
+    def release(self) -> None:
+        """Tell the service, without waiting for it."""
+        with self._lock:
+            if self._opened:
+                self._opened = False
+                self._cloud.release(self._session_id)
+
+    def attempt_s(self) -> float:
+        """How long one attempt may take. A stream cut off by it is simply resumed."""
+        if self.deadline_s is None:
+            return self._cloud.timeout.request_s
+        return max(0.0, min(self._cloud.timeout.request_s, self.deadline_s - time.monotonic()))
+
+    def retry(self) -> Retry:
+        """A fresh budget for one call."""
+        return Retry(self._cloud.timeout, self.deadline_s, self._cloud.address)
+
+    def settled(self, tokens: list[int], reply: pb.VerifyReply | pb.DecodeReply) -> None:
+        """The service has these tokens now."""
+        self._server_tokens = tokens
+        self._cloud.heard(reply)
+
+    def check(self, draft_ids: list[int], reply: pb.VerifyReply) -> None:
+        """Raises ProtocolError: the reply makes no sense."""
+        if reply.num_accepted > len(draft_ids):
+            raise ProtocolError(f"the service accepted {reply.num_accepted} of {len(draft_ids)} draft tokens")
+
+    def learned(self, error: grpc.RpcError, *, conditional: bool = False) -> CloudError:
+        """What a failure says; a refusal also of what the service has, unless it was assumed to have more than it was told."""
+        mapped = _map(error, self._cloud.address)
+        if isinstance(mapped, ContextMissingError) and not conditional:
+            self._server_tokens = self._server_tokens[: mapped.cached_length]
+        return mapped
+
+
+class RemoteVerifier(ServiceSession):
+    """Implements `protocols.Verifier`: only ids travel."""
 
     def submit(self, tokens: Sequence[int], draft_ids: Sequence[int], sampling: SamplingSettings) -> PendingVerify:
         """Send a draft now; `result()` of what is returned waits for the verdict."""
@@ -225,23 +276,6 @@ class RemoteVerifier:
         call = self._cloud.stub.Decode(request, timeout=self.attempt_s(), metadata=self._cloud.metadata)
         return TokenStream(self, call, list(tokens), request.ByteSize())
 
-    @property
-    def address(self) -> str:
-        """Of the service."""
-        return self._cloud.address
-
-    @property
-    def load(self) -> ServiceLoad | None:
-        """The service's, as of its latest reply."""
-        return self._cloud.load
-
-    def release(self) -> None:
-        """Tell the service, without waiting for it."""
-        with self._lock:
-            if self._opened:
-                self._opened = False
-                self._cloud.release(self._session_id)
-
     def context(self, tokens: list[int], num_assumed: int | None = None) -> dict[str, Any]:
         """Context fields of a request: only what the service may lack, or what it will lack if it has the first `num_assumed`."""
         start = common_prefix(self._server_tokens, tokens) if num_assumed is None else num_assumed
@@ -264,34 +298,11 @@ class RemoteVerifier:
         """Send it."""
         return self._cloud.stub.Verify.future(request, timeout=self.attempt_s(), metadata=self._cloud.metadata)
 
-    def attempt_s(self) -> float:
-        """How long one attempt may take. A stream cut off by it is simply resumed."""
-        if self.deadline_s is None:
-            return self._cloud.timeout.request_s
-        return max(0.0, min(self._cloud.timeout.request_s, self.deadline_s - time.monotonic()))
-
-    def retry(self) -> Retry:
-        """A fresh budget for one call."""
-        return Retry(self._cloud.timeout, self.deadline_s, self._cloud.address)
-
-    def settled(self, tokens: list[int], reply: pb.VerifyReply | pb.DecodeReply) -> None:
-        """The service has these tokens now."""
-        self._server_tokens = tokens
-        self._cloud.heard(reply)
-
     def judged(self, tokens: list[int], draft_ids: list[int], reply: pb.VerifyReply, cost: CallCost) -> Verdict:
         """A reply as a verdict. Raises ProtocolError: it makes no sense."""
-        if reply.num_accepted > len(draft_ids):
-            raise ProtocolError(f"the service accepted {reply.num_accepted} of {len(draft_ids)} draft tokens")
+        self.check(draft_ids, reply)
         self.settled([*tokens, *draft_ids[: reply.num_accepted], reply.next_token_id], reply)
         return Verdict(reply.num_accepted, reply.next_token_id, cost)
-
-    def learned(self, error: grpc.RpcError, *, conditional: bool = False) -> CloudError:
-        """What a failure says; a refusal also of what the service has, unless it was assumed to have more than it was told."""
-        mapped = _map(error, self._cloud.address)
-        if isinstance(mapped, ContextMissingError) and not conditional:
-            self._server_tokens = self._server_tokens[: mapped.cached_length]
-        return mapped
 
 
 class PendingVerify:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from edgecloud.edge.remote import Cloud, RemoteVerifier
+from edgecloud.edge.tail import TailSession
 from edgecloud.errors import CloudError, CloudOverloadedError, CloudUnavailableError
 from edgecloud.types import Preference, Service, ServiceLoad
 
@@ -131,6 +132,7 @@ class RemoteSession:
         self.replicas = replicas
         self.deadline_s: float | None = None
         self._sessions: dict[Cloud, RemoteVerifier] = {}
+        self._tails: dict[Cloud, TailSession] = {}  # of mode `split`
 
     def on(self, cloud: Cloud) -> RemoteVerifier:
         """The session of this service."""
@@ -140,7 +142,15 @@ class RemoteSession:
         session.deadline_s = self.deadline_s
         return session
 
+    def tail_on(self, cloud: Cloud, cut: int, codec_name: str, max_message_bytes: int) -> TailSession:
+        """The session of this service that holds rows instead of ids."""
+        if cloud not in self._tails:
+            self._tails[cloud] = TailSession(cloud, cut, codec_name, max_message_bytes)
+        session = self._tails[cloud]
+        session.deadline_s = self.deadline_s
+        return session
+
     def release(self) -> None:
         """Tell the services, without waiting for them."""
-        for session in list(self._sessions.values()):
+        for session in [*self._sessions.values(), *self._tails.values()]:
             session.release()

@@ -15,7 +15,6 @@ from edgecloud.edge.collaborate import collaborate
 from edgecloud.edge.controller import Controller
 from edgecloud.edge.estimates import Estimates, LinkEstimate
 from edgecloud.edge.local import decode_locally
-from edgecloud.edge.patience import EstimatedPatience
 from edgecloud.edge.pilot import Pilot, Step
 from edgecloud.edge.plan import Fixed, Plan, Planner
 from edgecloud.edge.remote import TLS, Cloud
@@ -34,8 +33,11 @@ from edgecloud.rpc.codec import pair_hash
 from edgecloud.session import Session
 from edgecloud.turn import Turn
 from edgecloud.types import Event, Guess, ModeChanged, Preference, Reply, Round, Service
+from edgecloud.way import Way, check_split, check_tail, split_way, whole_way
 
 if TYPE_CHECKING:
+    from edgecloud.bundle import FrontInfo
+    from edgecloud.edge.front_rows import FrontRows
     from edgecloud.edge.tokenizer import ChatTokenizer
 
 
@@ -90,7 +92,9 @@ class Client:
         self._drafter: Drafter | None = None
         self._replicas: Replicas | None = None
         self._service: Service | None = None
+        self._front: FrontRows | None = None
         self._estimates = Estimates.unknown()
+        self._split_estimates = self._estimates.of_another_target()
         self._loading = threading.RLock()
         self._turn = Turn()
         self._closed = False
@@ -100,7 +104,7 @@ class Client:
 
         Options, with their defaults (names as in `transformers.GenerationConfig`):
             max_new_tokens=256, temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0, seed=0, stop_strings=(),
-            mode="auto" ("edge", "cloud", "speculative"), num_draft_tokens (the client's),
+            mode="auto" ("edge", "cloud", "speculative", "split"), num_draft_tokens (the client's),
             deadline_s=None: seconds that the whole generation may take,
             raw=False: encode the string as it is, without the chat template.
 
@@ -150,7 +154,7 @@ class Client:
 
         A generation under way goes on by itself, wherever it was.
         """
-        self._estimates.link = LinkEstimate()
+        self._estimates.link = self._split_estimates.link = LinkEstimate()
         if self._replicas is not None:
             self._replicas.reconnect()
 
@@ -195,7 +199,7 @@ class Client:
         self._closed = True
         if self._replicas is not None:
             self._replicas.close()
-        self._replicas = self._drafter = None
+        self._replicas = self._drafter = self._front = None
 
     def __enter__(self) -> Client:
         return self
@@ -216,8 +220,10 @@ class Client:
         A given `remote` session stays open afterwards; without one, one is made and released.
         """
         options = GenerationOptions.from_keywords(keywords, self._num_draft_tokens)
-        if options.mode in {"cloud", "speculative"} and not self._addresses:
+        if options.mode in {"cloud", "speculative", "split"} and not self._addresses:
             raise ConfigError(f"mode {options.mode!r} needs a cloud; give HOST:PORT")
+        if options.mode == "split":
+            check_split(options, self.bundle)  # before anything is started
         check_fits(len(tokens), options.max_new_tokens, self._window(), "context window")
         generation = Generation(
             len(tokens),
@@ -267,8 +273,10 @@ class Client:
         remote.deadline_s = end_s
         stop_token_ids = self.bundle.tokenizer.eos_token_ids
         try:
-            pilot, meet = self._pilot(tokens, options, end_s)
-            yield from collaborate(pilot, self._device(), remote, options.sampling, stop_token_ids, self._estimates, meet)
+            way = self._way(options)
+            pilot, meet = self._pilot(tokens, options, end_s, way)
+            device, sampling = self._device(), options.sampling
+            yield from collaborate(pilot, device, remote, sampling, stop_token_ids, way.estimates, meet, way.new_courier)
         except ModelMismatchError:  # another model was started at that address since the handshake
             self._service = None
             self.describe()  # names both fingerprints
@@ -277,16 +285,25 @@ class Client:
             if given is None:
                 remote.release()
 
-    def _pilot(self, tokens: list[int], options: GenerationOptions, end_s: float | None) -> tuple[Pilot, Callable[[], int]]:
+    def _way(self, options: GenerationOptions) -> Way:
+        if options.mode != "split":
+            return whole_way(self._estimates, time.monotonic())
+        front, service = check_split(options, self.bundle), self.describe()
+        check_tail(front, service, self._connection().address)
+        return split_way(self._front_rows(front), self._split_estimates, service, time.monotonic())
+
+    def _pilot(
+        self, tokens: list[int], options: GenerationOptions, end_s: float | None, way: Way
+    ) -> tuple[Pilot, Callable[[], int]]:
         """Who decides in a generation that both machines work on, and how the handshake is made."""
-        service, estimates = self._service, self._estimates
+        service, estimates = self._service, way.estimates
         planner: Planner
         if options.mode == "auto":
             planner = Controller(estimates, options.objective)
         elif options.mode == "cloud":
             planner = Fixed(Plan("cloud", 0, num_shadow_tokens=0))
         else:
-            planner = Fixed(Plan("speculative", options.num_draft_tokens))
+            planner = Fixed(Plan(options.mode, options.num_draft_tokens))
 
         def meet() -> int:
             met = self._check_window(tokens, options, wait=False)
@@ -303,7 +320,7 @@ class Client:
             tokens,
             planner,
             Retry(self._timeout, end_s, self._connection().address),
-            EstimatedPatience(estimates, time.monotonic()),
+            way.patience,
             estimates.acceptance,
             max_new_tokens=options.max_new_tokens,
             stop_token_ids=self.bundle.tokenizer.eos_token_ids,
@@ -347,6 +364,16 @@ class Client:
                 ]
                 self._replicas = Replicas(clouds, self._prefer)
             return self._replicas
+
+    def _front_rows(self, info: FrontInfo) -> FrontRows:
+        with self._loading:
+            if self._front is None:
+                from edgecloud.edge.front import FrontModel
+                from edgecloud.edge.front_rows import FrontRows
+
+                model = FrontModel(self.bundle.file(info.model), self._window(), self._num_threads)
+                self._front = FrontRows(model, info.cut, info.codec)
+            return self._front
 
     def _device(self) -> Drafter:
         with self._loading:
