@@ -9,29 +9,19 @@ from torch import Tensor
 from edgecloud.cloud.work import Boundary
 from edgecloud.errors import ConfigError
 
-CODECS = ("float32",)
 # What is beyond is no residual stream (the largest known stay below 2**20), and its squares must not overflow: whatever goes into the
 # cache has to be finite, for others read it masked. tail_trial.py tries it.
 LARGEST = {torch.float32: 2.0**24, torch.bfloat16: 2.0**24, torch.float16: 2.0**14}
 
 
-def row_bytes(codec: str, width: int) -> int:
-    """Bytes of an encoded row."""
-    if codec not in CODECS:
-        raise ConfigError(f"codec is {codec!r}; it takes one of {', '.join(CODECS)}")
-    return 4 * width
-
-
-def check(boundary: Boundary, width: int, dtype: torch.dtype) -> None:
+def check_rows(boundary: Boundary, width: int, dtype: torch.dtype) -> None:
     """Raises ConfigError: values that a target of `dtype` cannot take."""
     rows = np.frombuffer(boundary.rows, "<f4").reshape(-1, width)
     sound = (np.abs(rows) <= LARGEST[dtype]).all(axis=1)  # no NaN is
     if not sound.all():
-        raise ConfigError(
-            f"boundary row {int(sound.argmin())} holds a value that is not finite or is beyond {LARGEST[dtype]:g}"
-        )
+        raise ConfigError(f"boundary row {int(sound.argmin())} holds a value that is not finite or is beyond {LARGEST[dtype]:g}")
 
 
-def decoded(rows: bytes, codec: str, width: int, device: torch.device) -> Tensor:
+def decoded(rows: bytearray, codec: str, width: int, device: torch.device) -> Tensor:
     """What the encoded rows stand for.  -> [rows, width] float32"""
-    return torch.frombuffer(bytearray(rows), dtype=torch.float32).view(-1, width).to(device)
+    return torch.frombuffer(rows, dtype=torch.float32).view(-1, width).to(device)

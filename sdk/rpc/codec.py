@@ -43,7 +43,9 @@ def row_keys(rows: bytes, row_bytes: int, cut: int, codec: str) -> list[int]:
     """
     salt = f"{cut} {codec}".encode()
     view = memoryview(rows)
-    digests = (hashlib.blake2b(view[at : at + row_bytes], digest_size=8, salt=salt).digest() for at in range(0, len(rows), row_bytes))
+    digests = (
+        hashlib.blake2b(view[at : at + row_bytes], digest_size=8, salt=salt).digest() for at in range(0, len(rows), row_bytes)
+    )
     return [int.from_bytes(digest, "little") >> 2 | 1 << 62 for digest in digests]
 
 
