@@ -67,10 +67,16 @@ class Share:
         return max(0, self.stop - self.choices_from)
 
     @property
+    def cut(self) -> int:
+        """Layer that its rows enter at."""
+        return self.job.open_session.kind.cut
+
+    @property
     def rows(self) -> Rows:
-        """What the pass computes."""
+        """What the pass computes; what rows that enter later hold is still to be decoded."""
         session = self.job.open_session
-        return Rows(session.table, self.start, session.tokens[self.start : self.stop], self.num_choices)
+        ids = [0] * self.num_rows if self.cut else session.tokens[self.start : self.stop]
+        return Rows(session.table, self.start, ids, self.num_choices, self.cut)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import msgspec
 
 from edgecloud.cloud.work import Answer, EngineLoad, Extend
 
-MESSAGES_VERSION = 2  # both sides come from one installation; a stale process of another one is found by this
+MESSAGES_VERSION = 3  # both sides come from one installation; a stale process of another one is found by this
 
 
 class EngineConfig(msgspec.Struct, frozen=True):
@@ -70,6 +70,8 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     max_context_tokens: int
     dtype: str
     exact: str  # bitwise or tolerance, as model.TargetModel says
+    width: int  # of the residual stream
+    tail_cuts: tuple[int, ...]  # layers that rows may enter at
     load: EngineLoad
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
-from edgecloud.cloud.work import EngineLoad, Extended
+from edgecloud.cloud.work import EngineLoad, Extend, Extended
 from edgecloud.errors import ServerError
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -24,6 +24,7 @@ class Metrics:
         self._requests = self._counter("requests", "Requests that have ended.", ["method", "code", *whose])
         self._prompt_tokens = self._counter("prompt_tokens", "Context tokens that came with requests.", whose)
         self._generation_tokens = self._counter("generation_tokens", "Tokens that the target chose and clients got.", whose)
+        self._boundary_bytes = self._counter("boundary_bytes", "Encoded rows that came with Tail requests.", whose)
         self._drafts = self._counter("spec_decode_num_drafts", "Drafts verified.")
         self._draft_tokens = self._counter("spec_decode_num_draft_tokens", "Tokens in them.")
         self._accepted = self._counter("spec_decode_num_accepted_tokens", "Draft tokens accepted.")
@@ -52,9 +53,11 @@ class Metrics:
         """A request has been answered, with a status."""
         self._requests.labels(method, code, *self._whose(tenant)).inc()
 
-    def accepted(self, num_context_tokens: int, tenant: str) -> None:
+    def accepted(self, request: Extend, tenant: str) -> None:
         """A request has been handed to the engine."""
-        _of(self._prompt_tokens, self._whose(tenant)).inc(num_context_tokens)
+        _of(self._prompt_tokens, self._whose(tenant)).inc(request.num_new_context)
+        if request.boundary is not None:
+            _of(self._boundary_bytes, self._whose(tenant)).inc(len(request.boundary.rows))
 
     def extended(self, answer: Extended, num_draft_tokens: int, tenant: str) -> None:
         """The engine has answered: a verdict, or a token of a stream."""

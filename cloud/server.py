@@ -180,6 +180,8 @@ async def _serve(
             vocab_size=ready.vocab_size,
             dtype=ready.dtype,
             exact=ready.exact,
+            width=ready.width,
+            tail_cuts=ready.tail_cuts,
         )
         limits = Limits(ready.max_context_tokens, config.max_draft_tokens, config.max_message_bytes, config.max_sessions)
         metrics = Metrics(by_tenant=tenants is not None)

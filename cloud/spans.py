@@ -1,4 +1,4 @@
-"""One OpenTelemetry span a Verify or Decode, by the API alone: without an SDK in the process it costs next to nothing."""
+"""One OpenTelemetry span a Verify, Tail or Decode, by the API alone: without an SDK in the process it costs next to nothing."""
 
 from __future__ import annotations
 
@@ -46,9 +46,10 @@ def call_span(name: str, extend: Extend, tenant: str) -> Iterator[CallSpan]:
         kind=trace.SpanKind.SERVER,
         attributes={
             "edgecloud.tenant": tenant,
-            "edgecloud.num_context_tokens": extend.context_start + len(extend.context_ids),
-            "edgecloud.num_new_context_tokens": len(extend.context_ids),
+            "edgecloud.num_context_tokens": extend.context_start + extend.num_new_context,
+            "edgecloud.num_new_context_tokens": extend.num_new_context,
             "edgecloud.num_draft_tokens": len(extend.draft_ids),
+            "edgecloud.cut": extend.boundary.cut if extend.boundary else 0,
         },
     )
     call = CallSpan(span)
