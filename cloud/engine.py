@@ -165,6 +165,9 @@ class Engine:
             if not known.vouches_for(request.context_start, request.context_hash):
                 job.answer(Refused(len(known.tokens) if request.context_start > len(known.tokens) else 0))
                 return
+            if request.assumed_id is not None and not known.has_chosen(request.assumed_id, request.context_start):
+                job.answer(Refused(len(known.tokens)))
+                return
         if boundary is not None and (answer := self._unfit(request, boundary)) is not None:
             job.answer(answer)
             return
@@ -242,7 +245,9 @@ class Engine:
         token = job.choices[num_accepted]
         cached = job.context_length + num_accepted
         session.crop_to(cached)
-        if not session.kind.cut:  # the next token's row is for the device to compute
+        if session.kind.cut:  # the next token's row is for the device to compute
+            session.chosen = token
+        else:
             session.tokens.append(token)
         job.num_emitted += 1
         request = job.request

@@ -249,12 +249,13 @@ class VerificationService(pb_grpc.VerificationServicer):
         context_ids: Sequence[int] = ()
         draft_ids: Sequence[int] = ()
         stop_ids: Sequence[int] = ()
-        max_new_tokens, boundary = 1, None
+        max_new_tokens, boundary, assumed_id = 1, None, None
         match request:
             case pb.VerifyRequest():
                 context_ids, draft_ids = request.context_ids, request.draft_ids
             case pb.TailRequest():
                 boundary, draft_ids = self._boundary(request), request.draft_ids
+                assumed_id = request.assumed_id if request.HasField("assumed_id") else None
             case pb.DecodeRequest():
                 context_ids, stop_ids, max_new_tokens = request.context_ids, request.stop_token_ids, request.max_new_tokens
         if request.context_start < 0:
@@ -280,8 +281,10 @@ class VerificationService(pb_grpc.VerificationServicer):
         if length + len(draft_ids) > window:
             whose = "this service's window" if window == self._limits.max_context_tokens else "this tenant's max_cache_tokens"
             raise ConfigError(f"context and draft have {length + len(draft_ids)} tokens; {whose} is {window}")
+        if assumed_id is not None and not request.context_start:
+            raise ConfigError("assumed_id is given, but before context_start 0 nothing was chosen; leave it out")
         context_ids, draft_ids = tuple(context_ids), tuple(draft_ids)  # not before: a message holds a million
-        highest = max(max(context_ids, default=0), max(draft_ids, default=0))
+        highest = max(max(context_ids, default=0), max(draft_ids, default=0), assumed_id or 0)
         if highest >= self._identity.vocab_size:
             raise ConfigError(f"token id {highest} is outside the vocabulary of {self._identity.vocab_size}")
         return Extend(
@@ -297,6 +300,7 @@ class VerificationService(pb_grpc.VerificationServicer):
             max_cache_tokens=account.quota.max_cache_tokens,
             deadline_s=_deadline_s(context),
             boundary=boundary,
+            assumed_id=assumed_id,
         )
 
     def _boundary(self, request: pb.TailRequest) -> Boundary:

@@ -39,6 +39,7 @@ class Session:
     kind: Kind = IDS
     tokens: list[int] = field(default_factory=list)
     rows: bytearray = field(default_factory=bytearray)  # one behind the other
+    chosen: int | None = None  # what the target has chosen to follow them
     last_used_s: float = 0.0
     busy: bool = False  # a request is under way: never evicted
     released: bool = False  # to be dropped when it is no longer busy
@@ -48,10 +49,14 @@ class Session:
         hashed = row_keys_hash if self.kind.cut else context_hash
         return length <= len(self.tokens) and hashed(self.tokens[:length]) == expected_hash
 
+    def has_chosen(self, token_id: int, length: int) -> bool:
+        """Whether the first `length` tokens are all, and the target has chosen this one to follow them."""
+        return length == len(self.tokens) and self.chosen == token_id
+
     def begin_anew(self, kind: Kind) -> None:
         """Forget everything: the tokens will be of this kind."""
         self.table.release()
-        self.kind, self.tokens, self.rows = kind, [], bytearray()
+        self.kind, self.tokens, self.rows, self.chosen = kind, [], bytearray(), None
 
     def replace_from(self, start: int, tokens: Sequence[int], rows: bytes = b"") -> None:
         """Make the tokens from `start` on equal these; what is cached beyond the first difference is forgotten."""
@@ -59,6 +64,7 @@ class Session:
         self.table.crop_to(start + common_prefix(self.tokens[start:], new))
         self.tokens[start:] = new
         self.rows[start * self.kind.row_bytes :] = rows
+        self.chosen = None
 
     def crop_to(self, length: int) -> None:
         """Forget the tokens past `length`."""

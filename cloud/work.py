@@ -30,7 +30,8 @@ class Extend(msgspec.Struct, frozen=True, tag=True):
     `draft_ids` gives the target's choice after the context and after every draft token. With `max_new_tokens` above 1 (and no
     draft) the choice is appended and the engine goes on, until a stop token or the limit.
 
-    With `boundary` its rows take the place of ids, from `context_start` on to the last draft token; `context_ids` is empty.
+    With `boundary` its rows take the place of ids, from `context_start` on to the last draft token; `context_ids` is empty. The
+    first row may be of the client's guess of the token to be chosen there: then that has to have been `assumed_id`.
     """
 
     session_id: bytes
@@ -45,6 +46,7 @@ class Extend(msgspec.Struct, frozen=True, tag=True):
     max_cache_tokens: int | None = None  # that the tenant's sessions may hold in all; None: as many as there are
     deadline_s: float = math.inf  # of time.monotonic(), which all processes of a machine share
     boundary: Boundary | None = None
+    assumed_id: int | None = None
 
     @property
     def num_new_context(self) -> int:
