@@ -9,8 +9,8 @@ from torch import Tensor
 from edgecloud.cloud.work import Boundary
 from edgecloud.errors import ConfigError
 
-# What is beyond is no residual stream (the largest known stay below 2**20), and its squares must not overflow: whatever goes into the
-# cache has to be finite, for others read it masked. tail_trial.py tries it.
+# What is beyond is no residual stream (the largest known stay below 2**20), and its squares must not overflow: whatever goes into
+# the cache has to be finite, for others read it masked. tail_trial.py tries it.
 LARGEST = {torch.float32: 2.0**24, torch.bfloat16: 2.0**24, torch.float16: 2.0**14}
 
 

@@ -30,9 +30,7 @@ RETRY_AFTER_MS = 500
 # two pays more than one short prefill.
 FEWEST_SHARED = 128
 IDLE_CHECK_S = 1.0
-ROWS_SHARE = (
-    8  # rows of boundary tensors may take one byte for so many of the cache; a row is far smaller than a token's keys and values
-)
+ROWS_SHARE = 8  # rows of boundary tensors may take a byte beside so many of the cache: a row is smaller than its keys and values
 CANCELLED_GRACE_S = 10.0  # a client that went away may come back this long before its session is dropped
 
 

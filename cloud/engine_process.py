@@ -60,17 +60,8 @@ def _load(start: Start, socket: zmq.Socket[bytes]) -> Callable[[], None]:
     dtype = str(target.dtype).removeprefix("torch.")
     loop = EngineLoop(engine, socket, start.parent)
     gc.freeze()  # what torch and transformers left is here to stay: a collection that walks it stops everybody for 100 ms
-    ready = Ready(
-        MESSAGES_VERSION,
-        target.vocab_size,
-        engine.max_context_tokens,
-        dtype,
-        target.exact,
-        target.width,
-        target.tail_cuts,
-        engine.load,
-    )
-    socket.send(encode(ready))
+    what = (target.vocab_size, engine.max_context_tokens, dtype, target.exact, target.width, target.tail_cuts)
+    socket.send(encode(Ready(MESSAGES_VERSION, *what, engine.load)))
     return loop.run
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -13,20 +13,20 @@ from typing import Any, NoReturn
 import grpc
 from grpc.aio import ServicerContext
 
-from edgecloud.cloud.boundary_codecs import CODECS, row_bytes
+from edgecloud.cloud.asked import Request, asked
+from edgecloud.cloud.boundary_codecs import CODECS
 from edgecloud.cloud.engine_client import AsyncEngine
 from edgecloud.cloud.metrics import Metrics
 from edgecloud.cloud.quotas import ACCOUNT, Account
 from edgecloud.cloud.spans import call_span
 from edgecloud.cloud.status import abort
-from edgecloud.cloud.work import Answer, Boundary, Extend, Extended, Failed, Gone, Invalid, Overloaded, Refused
+from edgecloud.cloud.work import Answer, Extend, Extended, Failed, Gone, Invalid, Overloaded, Refused
 from edgecloud.errors import ConfigError, ModelMismatchError
 from edgecloud.rpc import codec
 from edgecloud.rpc import edgecloud_pb2 as pb
 from edgecloud.rpc import edgecloud_pb2_grpc as pb_grpc
 
 MAX_STOP_TOKEN_IDS = 1024  # they are kept as long as the stream lasts: a message full of them would take a hundred times its size
-AskRequest = pb.VerifyRequest | pb.TailRequest | pb.DecodeRequest
 LAST_WORD_S = 1.0  # for a status to be taken by who takes no messages
 
 
@@ -202,7 +202,7 @@ class VerificationService(pb_grpc.VerificationServicer):
         """Tokens that a context may have: what a tenant's whole quota could not hold would never be answered."""
         return min(self._limits.max_context_tokens, account.quota.max_cache_tokens or self._limits.max_context_tokens)
 
-    async def _accept(self, request: AskRequest, context: ServicerContext[Any, Any]) -> Extend:
+    async def _accept(self, request: Request, context: ServicerContext[Any, Any]) -> Extend:
         """The checked request; one that is refused ends the call."""
         try:
             return self._extend(request, context)
@@ -235,7 +235,7 @@ class VerificationService(pb_grpc.VerificationServicer):
 
             yield extended
 
-    def _extend(self, request: AskRequest, context: ServicerContext[Any, Any]) -> Extend:
+    def _extend(self, request: Request, context: ServicerContext[Any, Any]) -> Extend:
         """Check a request against limits and vocabulary.
 
         Raises:
@@ -246,28 +246,13 @@ class VerificationService(pb_grpc.VerificationServicer):
         if request.pair_hash not in (0, self._pair_hash):
             raise ModelMismatchError(f"this service runs {self._identity.model_name}, not the target that the request means")
         _check_session_id(request.session_id)
-        context_ids: Sequence[int] = ()
-        draft_ids: Sequence[int] = ()
-        stop_ids: Sequence[int] = ()
-        max_new_tokens, boundary, assumed_id = 1, None, None
-        match request:
-            case pb.VerifyRequest():
-                context_ids, draft_ids = request.context_ids, request.draft_ids
-            case pb.TailRequest():
-                boundary, draft_ids = self._boundary(request), request.draft_ids
-                assumed_id = request.assumed_id if request.HasField("assumed_id") else None
-            case pb.DecodeRequest():
-                context_ids, stop_ids, max_new_tokens = request.context_ids, request.stop_token_ids, request.max_new_tokens
+        what = asked(request, self._identity.tail_cuts, self._identity.width)
+        context_ids, draft_ids, stop_ids, max_new_tokens, boundary, assumed_id = what
         if request.context_start < 0:
             raise ConfigError(f"context_start is {request.context_start}; it takes a position from 0")
         if request.context_start == 0 and request.context_hash != 0:
             raise ConfigError(f"context_hash is {request.context_hash:#x}; before context_start 0 there is nothing to hash: send 0")
-        num_new_context = len(context_ids)
-        if boundary is not None:
-            num_new_context = boundary.num_rows - len(draft_ids)
-            if num_new_context < 0:
-                raise ConfigError(f"the draft has {len(draft_ids)} tokens and rows only {boundary.num_rows}; send a row for each")
-        length = request.context_start + num_new_context
+        length = request.context_start + what.num_new_context
         if length < 1:
             raise ConfigError("the context is empty; send at least one token")
         if max_new_tokens < 1:
@@ -281,8 +266,6 @@ class VerificationService(pb_grpc.VerificationServicer):
         if length + len(draft_ids) > window:
             whose = "this service's window" if window == self._limits.max_context_tokens else "this tenant's max_cache_tokens"
             raise ConfigError(f"context and draft have {length + len(draft_ids)} tokens; {whose} is {window}")
-        if assumed_id is not None and not request.context_start:
-            raise ConfigError("assumed_id is given, but before context_start 0 nothing was chosen; leave it out")
         context_ids, draft_ids = tuple(context_ids), tuple(draft_ids)  # not before: a message holds a million
         highest = max(max(context_ids, default=0), max(draft_ids, default=0), assumed_id or 0)
         if highest >= self._identity.vocab_size:
@@ -302,20 +285,6 @@ class VerificationService(pb_grpc.VerificationServicer):
             boundary=boundary,
             assumed_id=assumed_id,
         )
-
-    def _boundary(self, request: pb.TailRequest) -> Boundary:
-        """Rows that are as many bytes as they should be; the engine looks at what is in them. Raises ConfigError."""
-        cuts = self._identity.tail_cuts
-        if not cuts:
-            raise ConfigError(f"this service takes no tails: {self._identity.model_name} cannot be entered at a layer; use Verify")
-        if request.cut not in cuts:
-            raise ConfigError(f"cut is {request.cut}; this service takes {cuts[0]} to {cuts[-1]}")
-        if request.sampling.repetition_penalty not in (0.0, 1.0):
-            raise ConfigError("repetition_penalty would need the prompt's ids, which a tail does not have; leave it out")
-        num_bytes = row_bytes(request.codec, self._identity.width)
-        if len(request.rows) % num_bytes:
-            raise ConfigError(f"rows has {len(request.rows)} bytes; a row in {request.codec} has {num_bytes}")
-        return Boundary(request.cut, request.codec, num_bytes, request.rows)
 
 
 def _deadline_s(context: ServicerContext[Any, Any]) -> float:

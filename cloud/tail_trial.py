@@ -40,9 +40,9 @@ def why_not_entered(
                 return f"logits are others where rows enter at layer {layer}"
         loud = largest * _patterns(taken[0].shape[-1], device)
         finite = all(bool(logits.isfinite().all()) for logits in trial.logits(ids[:NUM_TOKENS], [loud] * len(stages)))
-        return None if finite and trial.pool.is_finite else f"values up to {largest:g} overflow"
     except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:  # its layers are called in another way
         return f"{type(error).__name__}: {error}"
+    return None if finite and trial.pool.is_finite else f"values up to {largest:g} overflow"
 
 
 def _patterns(width: int, device: torch.device) -> Tensor:
@@ -83,6 +83,6 @@ class _Trial:
                 hidden = taken[layer][start:stop] if layer else None
                 parts.append(Rows(table, start, ids[start:stop], stop - start, layer, hidden))
             logits = self._forward(pack(parts, self.pool, self._device))
-            for chunks, chunk in zip(got, logits.split(stop - start), strict=True):
+            for chunks, chunk in zip(got, torch.split(logits, stop - start), strict=True):
                 chunks.append(chunk)
         return (torch.cat(chunks) for chunks in got)
