@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from edgecloud.cloud.boundary_codecs import row_bytes
 from edgecloud.cloud.work import Boundary
 from edgecloud.errors import ConfigError
+from edgecloud.kernels.codec import row_bytes
 from edgecloud.rpc import edgecloud_pb2 as pb
 
 Request = pb.VerifyRequest | pb.TailRequest | pb.DecodeRequest

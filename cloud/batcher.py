@@ -10,7 +10,7 @@ from edgecloud.cloud.attention import Rows
 from edgecloud.cloud.pages import OutOfPagesError
 from edgecloud.cloud.pass_cost import PassCostFit
 from edgecloud.cloud.prompt_room import PromptRoom
-from edgecloud.cloud.sessions import OverQuotaError, Session, SessionStore
+from edgecloud.cloud.sessions import Kind, OverQuotaError, Session, SessionStore
 from edgecloud.cloud.work import Answer, Extend
 
 SHORT_ROWS = 48  # a request of at most this many rows goes before longer ones
@@ -67,16 +67,16 @@ class Share:
         return max(0, self.stop - self.choices_from)
 
     @property
-    def cut(self) -> int:
-        """Layer that its rows enter at."""
-        return self.job.open_session.kind.cut
+    def kind(self) -> Kind:
+        """What its tokens are told by."""
+        return self.job.open_session.kind
 
     @property
     def rows(self) -> Rows:
         """What the pass computes; what rows that enter later hold is still to be decoded."""
         session = self.job.open_session
-        ids = [0] * self.num_rows if self.cut else session.tokens[self.start : self.stop]
-        return Rows(session.table, self.start, ids, self.num_choices, self.cut)
+        ids = [0] * self.num_rows if self.kind.cut else session.tokens[self.start : self.stop]
+        return Rows(session.table, self.start, ids, self.num_choices, self.kind.cut)
 
 
 @dataclass(frozen=True, slots=True)

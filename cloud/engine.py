@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import groupby
 
 from edgecloud.cloud.attention import KVPool, Rows, pack
 from edgecloud.cloud.batcher import Batcher, Job, Share
@@ -115,15 +116,14 @@ class Engine:
             self._finish(job)
         plan = self._batcher.plan(self._jobs, now)
         refused = self._refuse_over_quota(plan.over_quota)
-        shares = sorted((share for share in plan.shares if share.job not in refused), key=lambda share: share.cut)
+        shares = sorted((share for share in plan.shares if share.job not in refused), key=lambda share: share.kind)
         if plan.starved and not plan.shares and not refused:  # nobody can go on: the youngest makes room
             self._finish(plan.starved[-1], Overloaded("the key-value cache is full", RETRY_AFTER_MS))
         if not shares:
             return
         started = time.perf_counter()
         try:
-            parts = [self._rows(share) for share in shares]
-            batch = pack(parts, self._kv, self._model.device, bitwise=self._model.exact == "bitwise")
+            batch = pack(self._parts(shares), self._kv, self._model.device, bitwise=self._model.exact == "bitwise")
             logits = self._model.forward(batch)
             rows = [row for share in shares for row in _choice_rows(share)]
             choices = backend_for(logits.device.type).choose(logits, rows)
@@ -135,7 +135,7 @@ class Engine:
             return
         compute_ms = (time.perf_counter() - started) * 1e3
         num_layers = self._model.num_layers
-        self._batcher.observe(shares, compute_ms * num_layers / (num_layers - shares[0].cut))  # as if it had been whole
+        self._batcher.observe(shares, compute_ms * num_layers / (num_layers - shares[0].kind.cut))  # as if it had been whole
         at = 0
         for share in shares:
             share.job.choices += choices[at : at + share.num_choices]
@@ -197,13 +197,18 @@ class Engine:
             return Overloaded("the rows of busy sessions take all the room that there is for them", RETRY_AFTER_MS)
         return None
 
-    def _rows(self, share: Share) -> Rows:
-        """A session's part of a pass."""
-        if not share.cut:
-            return share.rows
-        session = share.job.open_session
-        rows = session.rows_between(share.start, share.stop)
-        return share.rows._replace(hidden=decoded(rows, session.kind.codec, self._model.width, self._model.device))
+    def _parts(self, shares: Sequence[Share]) -> list[Rows]:
+        """What a pass computes, with encoded rows decoded."""
+        parts: list[Rows] = []
+        for kind, alike in groupby(shares, key=lambda share: share.kind):
+            group = list(alike)
+            rows = [share.rows for share in group]
+            if kind.cut:
+                encoded = [share.job.open_session.rows_between(share.start, share.stop) for share in group]
+                each = decoded(encoded, kind.codec, self._model.width, self._model.dtype, self._model.device)
+                rows = [part._replace(hidden=hidden) for part, hidden in zip(rows, each, strict=True)]
+            parts += rows
+        return parts
 
     def _refuse_over_quota(self, over_quota: list[Job]) -> list[Job]:
         """Of each tenant that could not go on, the request that came last makes room for the others."""
@@ -268,6 +273,6 @@ class Engine:
 def _choice_rows(share: Share) -> list[ChoiceRow]:
     tokens, sampling = share.job.open_session.tokens, share.job.request.sampling
     positions = range(share.stop - share.num_choices, share.stop)
-    if share.cut:
+    if share.kind.cut:
         return [ChoiceRow((), sampling, num_unknown=position + 1) for position in positions]
     return [ChoiceRow(tokens[: position + 1], sampling) for position in positions]

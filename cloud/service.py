@@ -14,7 +14,6 @@ import grpc
 from grpc.aio import ServicerContext
 
 from edgecloud.cloud.asked import Request, asked
-from edgecloud.cloud.boundary_codecs import CODECS
 from edgecloud.cloud.engine_client import AsyncEngine
 from edgecloud.cloud.metrics import Metrics
 from edgecloud.cloud.quotas import ACCOUNT, Account
@@ -22,6 +21,7 @@ from edgecloud.cloud.spans import call_span
 from edgecloud.cloud.status import abort
 from edgecloud.cloud.work import Answer, Extend, Extended, Failed, Gone, Invalid, Overloaded, Refused
 from edgecloud.errors import ConfigError, ModelMismatchError
+from edgecloud.kernels.codec import CODECS
 from edgecloud.rpc import codec
 from edgecloud.rpc import edgecloud_pb2 as pb
 from edgecloud.rpc import edgecloud_pb2_grpc as pb_grpc

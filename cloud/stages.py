@@ -1,7 +1,7 @@
 """A model whose decoder layers rows may enter at: a pass takes each row through the layers from its own on.
 
 Rows of a pass are in the order of the layers that they enter at, so that the rows at work in a layer are the first ones. The others
-lie behind them, untouched, until their turn; to the products they may be padding. A layer that nobody has reached is left out.
+lie behind them, untouched, until it is their turn; to products they may be padding. A layer that nobody has reached is left out.
 """
 
 from __future__ import annotations

@@ -37,15 +37,13 @@ def context_hash(tokens: Sequence[int]) -> int:
 
 
 def row_keys(rows: bytes, row_bytes: int, cut: int, codec: str) -> list[int]:
-    """What stands for each row of a boundary tensor where a session's tokens count: BLAKE2b-64 over its bytes, salted with `cut codec`.
+    """What stands for each row of a boundary tensor where a session's tokens count.
 
-    From 2**62 to 2**63 - 1, so that no key is a token id.
+    BLAKE2b-64 over its bytes with `cut codec` as the salt, without the two lowest bits, plus 2**62: no key is a token id.
     """
-    salt = f"{cut} {codec}".encode()
-    view = memoryview(rows)
-    digests = (
-        hashlib.blake2b(view[at : at + row_bytes], digest_size=8, salt=salt).digest() for at in range(0, len(rows), row_bytes)
-    )
+    salt, view = f"{cut} {codec}".encode(), memoryview(rows)
+    each = (view[at : at + row_bytes] for at in range(0, len(rows), row_bytes))
+    digests = (hashlib.blake2b(row, digest_size=8, salt=salt).digest() for row in each)
     return [int.from_bytes(digest, "little") >> 2 | 1 << 62 for digest in digests]
 
 
