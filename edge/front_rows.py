@@ -17,7 +17,9 @@ CHUNK_TOKENS = 128
 
 
 class Front(Protocol):
-    """The target's first layers, with a cache."""
+    """The target's first layers, with a cache: edge/front.py."""
+
+    width: int  # of a row
 
     def extend(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """Append tokens.  -> [len(token_ids), width]"""
@@ -34,14 +36,13 @@ class FrontRows:
         front: at the beginning.
         cut: its layers.
         codec: of kernels/codec.py.
-        width: of its rows.
     """
 
-    def __init__(self, front: Front, cut: int, codec: str, width: int) -> None:
+    def __init__(self, front: Front, cut: int, codec: str) -> None:
         self._front = front
         self.cut = cut
         self.codec = codec
-        self.row_bytes = row_bytes(codec, width)
+        self.row_bytes = row_bytes(codec, front.width)
         self._tokens: list[int] = []
         self._rows: list[Row] = []
 
@@ -52,12 +53,13 @@ class FrontRows:
     def rows(self, tokens: Sequence[int]) -> list[Row]:
         """A row for each of `tokens`. Raises ContextLengthError: more than the front's window."""
         start = common_prefix(self._tokens, tokens)
-        del self._tokens[start:], self._rows[start:]
-        self._front.crop_to(start)
+        if start < len(tokens):  # what merely goes on behind them stays
+            del self._tokens[start:], self._rows[start:]
+            self._front.crop_to(start)
         for at in range(start, len(tokens), CHUNK_TOKENS):
             chunk = tokens[at : at + CHUNK_TOKENS]
             data = encode(self._front.extend(chunk), self.codec).tobytes()
             keys = row_keys(data, self.row_bytes, self.cut, self.codec)
             self._rows += [Row(data[i * self.row_bytes : (i + 1) * self.row_bytes], key) for i, key in enumerate(keys)]
             self._tokens += chunk
-        return list(self._rows)
+        return self._rows[: len(tokens)]

@@ -2,6 +2,7 @@
 
     bundle.json   schema version, pair id, fingerprints, SHA-256 of every file
     edge/draft/   model.onnx, model.onnx.data, tokenizer.json, chat_template.jinja
+    edge/front/   model.onnx, model.onnx.data: the target's first layers, for mode `split`
     cloud/        the target as a Hugging Face folder
 
 The device needs bundle.json and edge/ only. Nothing in a bundle is executed and no path leaves it.
@@ -17,7 +18,7 @@ from typing import Any, Literal, TypeVar
 from edgecloud.errors import BundleCorruptError, BundleError, BundleNotFoundError, BundleVersionError
 from edgecloud.fingerprint import sha256_file
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: front; what 1 says is read as before
 MANIFEST = "bundle.json"
 AGAIN = "copy or make the bundle again"
 
@@ -49,6 +50,25 @@ class DraftInfo:
     quantization: str  # int4, fp32
     vocab_size: int  # columns of the logits; may be padded beyond the tokenizer's
     max_context_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class FrontInfo:
+    """The target's embedding and first layers for the device, an ONNX graph of the draft's form whose output are rows."""
+
+    model: str  # path of the graph inside the bundle
+    cut: int  # layers in the front; the cloud goes on with this one, counted from 0
+    num_layers: int  # of the whole target
+    width: int  # channels of a row
+    quantization: str  # int4, int8, fp16, fp32
+    codec: str  # kernels/codec.py: how rows travel
+    max_context_tokens: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.cut < self.num_layers:
+            raise ValueError(f"cut is {self.cut}, a model of {self.num_layers} layers is cut at 1 to {self.num_layers - 1}")
+        if self.width < 1 or self.max_context_tokens < 1:
+            raise ValueError(f"width is {self.width} and max_context_tokens {self.max_context_tokens}, both are 1 or more")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +104,7 @@ class Bundle:
     files: dict[str, FileInfo]
     checks: dict[str, Any] = field(default_factory=dict)  # the partition report
     cut_points: list[int] = field(default_factory=list)
+    front: FrontInfo | None = None  # for mode `split`
     calibration: dict[str, Any] | None = None
 
     @classmethod
@@ -120,6 +141,8 @@ class Bundle:
             content["files"] = {name: _build(FileInfo, entry, f"files.{name}", manifest) for name, entry in files.items()}
         for key, part in (("target", TargetInfo), ("draft", DraftInfo), ("tokenizer", TokenizerInfo)):
             content[key] = _build(part, content.get(key), key, manifest)
+        if content.get("front") is not None:
+            content["front"] = _build(FrontInfo, content["front"], "front", manifest)
         bundle = _build(cls, {**content, "path": folder}, "", manifest)
         bundle._check_paths()
         return bundle
@@ -139,22 +162,28 @@ class Bundle:
         Raises:
             BundleCorruptError: names the first file that is missing, truncated or changed.
         """
-        for name, expected in self.files.items():
-            if PurePosixPath(name).parts[0] != part:
-                continue
-            path = self.path / name
-            try:
-                if not path.is_file():  # a pipe would be waited for
-                    path.stat()
-                    raise BundleCorruptError(f"{path} is no regular file; {AGAIN}")
-                found_bytes = path.stat().st_size
-                if found_bytes != expected.num_bytes:
-                    raise BundleCorruptError(f"{path} has {found_bytes} bytes, {MANIFEST} says {expected.num_bytes}; {AGAIN}")
-                found = sha256_file(path)
-            except OSError as error:
-                raise BundleCorruptError(f"{path} cannot be read: {error.strerror}; {AGAIN}") from error
-            if found != expected.sha256:
-                raise BundleCorruptError(f"{path} has SHA-256 {found[:16]}..., {MANIFEST} says {expected.sha256[:16]}...; {AGAIN}")
+        for name in self.names_below(part):
+            self.verify_file(name)
+
+    def names_below(self, part: Literal["edge", "cloud"]) -> list[str]:
+        """The listed files of one side."""
+        return [name for name in self.files if PurePosixPath(name).parts[0] == part]
+
+    def verify_file(self, name: str) -> None:
+        """Check size and SHA-256 of one listed file. Raises BundleCorruptError as `verify_files` does."""
+        path, expected = self.path / name, self.files[name]
+        try:
+            if not path.is_file():  # a pipe would be waited for
+                path.stat()
+                raise BundleCorruptError(f"{path} is no regular file; {AGAIN}")
+            found_bytes = path.stat().st_size
+            if found_bytes != expected.num_bytes:
+                raise BundleCorruptError(f"{path} has {found_bytes} bytes, {MANIFEST} says {expected.num_bytes}; {AGAIN}")
+            found = sha256_file(path)
+        except OSError as error:
+            raise BundleCorruptError(f"{path} cannot be read: {error.strerror}; {AGAIN}") from error
+        if found != expected.sha256:
+            raise BundleCorruptError(f"{path} has SHA-256 {found[:16]}..., {MANIFEST} says {expected.sha256[:16]}...; {AGAIN}")
 
     def to_json(self) -> str:
         """The text of bundle.json."""
@@ -168,8 +197,11 @@ class Bundle:
         for name in [*self.files, *folders]:
             if not _stays_inside(self.path, name):
                 raise BundleCorruptError(f"{manifest} names {name!r}, which lies outside the bundle; do not use it")
+        if self.front is not None and self.front.cut not in self.cut_points:
+            raise BundleCorruptError(f"{manifest}: the front is cut at {self.front.cut}, cut_points are {self.cut_points}; {AGAIN}")
+        front_model = None if self.front is None else self.front.model
         read_on_device = [self.draft.model, self.tokenizer.path]
-        read_on_device += [name for name in (self.tokenizer.chat_template,) if name is not None]
+        read_on_device += [name for name in (self.tokenizer.chat_template, front_model) if name is not None]
         for name in read_on_device:
             if name not in self.files:
                 raise BundleCorruptError(f"{manifest} names {name!r} but lists no such file; make the bundle again")
@@ -209,7 +241,7 @@ _JSON_TYPES: dict[str, tuple[tuple[type, ...], type]] = {
 
 
 def _fits(value: Any, annotation: str) -> bool:
-    if annotation not in _JSON_TYPES:  # built before: target, draft, tokenizer
+    if annotation not in _JSON_TYPES:  # built before: target, draft, tokenizer, front
         return True
     kinds, inner = _JSON_TYPES[annotation]
     if not isinstance(value, kinds) or isinstance(value, bool):
@@ -231,8 +263,8 @@ def _build(kind: type[T], entry: Any, name: str, manifest: Path) -> T:
             raise BundleCorruptError(f"{manifest}: {prefix}{key} is {value!r}, expected {known[key]}; make the bundle again")
     try:
         return kind(**entry)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise BundleCorruptError(f"{manifest}: {name or 'the manifest'}: {error}; make the bundle again") from error
 
 
-__all__ = ["Bundle", "BundleError", "DraftInfo", "FileInfo", "TargetInfo", "TokenizerInfo", "is_bundle"]
+__all__ = ["Bundle", "BundleError", "DraftInfo", "FileInfo", "FrontInfo", "TargetInfo", "TokenizerInfo", "is_bundle"]

@@ -372,7 +372,7 @@ class Client:
                 from edgecloud.edge.front_rows import FrontRows
 
                 model = FrontModel(self.bundle.file(info.model), self._window(), self._num_threads)
-                self._front = FrontRows(model, info.cut, info.codec, info.width)
+                self._front = FrontRows(model, info.cut, info.codec)
             return self._front
 
     def _device(self) -> Drafter:

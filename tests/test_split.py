@@ -42,6 +42,8 @@ CUTS = range(1, NUM_LAYERS)
 class TorchFront:
     """The first layers of the stock model, a whole forward each time: no cache to be wrong."""
 
+    width = 32
+
     def __init__(self, folder: Path, cut: int) -> None:
         self._model = plain_target(folder)._model
         self._cut = cut
@@ -150,7 +152,7 @@ class Flight:
         max_new_tokens: int,
         forget_after: frozenset[int] = frozenset(),
     ) -> list[Round]:
-        rows = FrontRows(self.front, self.cut, self.codec, 32)
+        rows = FrontRows(self.front, self.cut, self.codec)
         retry = Retry(Timeout(), None, "the service")
         limits: Any = {"max_new_tokens": max_new_tokens, "stop_token_ids": (), "met": 8, "on_loss": "wait"}
         pilot = Pilot(prompt, Fixed(plan), retry, Unhurried(), Uncounted(), **limits)
