@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         TokenizerMismatchError,
     )
     from edgecloud.graph_bundle import GraphBundle
+    from edgecloud.inference import InferenceMetrics, InferenceReply
     from edgecloud.sampling import SamplingSettings
     from edgecloud.session import Session
     from edgecloud.types import CloudBack, CloudLost, Metrics, ModeChanged, ModeSpan, Reply, Retract, Service, TokenEvent, Usage
@@ -65,6 +66,8 @@ _HOMES = {
     "DeadlineExceededError": "errors",
     "EdgecloudError": "errors",
     "FetchError": "errors",
+    "InferenceMetrics": "inference",
+    "InferenceReply": "inference",
     "GraphBundle": "graph_bundle",
     "Metrics": "types",
     "ModeChanged": "types",
@@ -108,6 +111,8 @@ __all__ = [
     "EdgecloudError",
     "FetchError",
     "GraphBundle",
+    "InferenceMetrics",
+    "InferenceReply",
     "Metrics",
     "ModeChanged",
     "ModeSpan",

@@ -183,3 +183,5 @@ class Service:
     exact: str  # bitwise: logits depend on nothing but the tokens before; tolerance: to rounding, on what shares a pass
     max_context_tokens: int
     max_draft_tokens: int
+    max_message_bytes: int = 0  # of a request
+    graph_cuts: tuple[str, ...] = ()  # cuts of an ONNX graph that it takes; none: it serves a language model
