@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -97,6 +98,11 @@ class Engine:
     def has_work(self) -> bool:
         """Whether the next step makes a pass."""
         return bool(self._jobs)
+
+    @property
+    def idle_ms(self) -> float:
+        """How long there is nothing to do unless a request comes."""
+        return 0.0 if self._jobs else math.inf
 
     @property
     def load(self) -> EngineLoad:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
+from edgecloud.cloud.graph_work import Inferred
 from edgecloud.cloud.work import EngineLoad, Extend, Extended
 from edgecloud.errors import ServerError
 
@@ -31,6 +32,8 @@ class Metrics:
         self._accepted_at = self._counter(
             "spec_decode_num_accepted_tokens_per_pos", "Draft tokens accepted, by position in the draft.", ["position"]
         )
+        self._graph_rows = self._counter("graph_rows", "Rows of inputs that cut graphs were run on.", whose)
+        self._graph_runs = self._counter("graph_runs", "Runs that took; one shared by n requests counts 1/n for each.")
         self._queue = self._histogram("request_queue_time_seconds", "From a request, or a stream's last token, to its pass.")
         self._compute = self._histogram("request_pass_time_seconds", "Passes that a verdict or a stream's token took.")
 
@@ -70,6 +73,13 @@ class Metrics:
             self._accepted.inc(answer.num_accepted)
             for position in range(answer.num_accepted):
                 self._accepted_at.labels(position).inc()
+
+    def inferred(self, answer: Inferred, queue_ms: float, num_rows: int, tenant: str) -> None:
+        """The graph engine has answered."""
+        self._queue.observe(queue_ms / 1e3)
+        self._compute.observe(answer.compute_ms / 1e3)
+        _of(self._graph_rows, self._whose(tenant)).inc(num_rows)
+        self._graph_runs.inc(1 / answer.num_batched)
 
     @contextmanager
     def listening(

@@ -186,6 +186,13 @@ class VerificationService(pb_grpc.VerificationServicer):
         self._engine.release(session_id)
         return pb.ReleaseReply()
 
+    async def Infer(  # noqa: N802
+        self, request: pb.InferRequest, context: ServicerContext[pb.InferRequest, pb.InferReply]
+    ) -> pb.InferReply:
+        """Not here."""
+        words = "this service runs a language model and no ONNX graph; ask it for Verify or Decode, or serve a graph bundle"
+        await abort(context, grpc.StatusCode.UNIMPLEMENTED, words)
+
     def _load(self) -> pb.Load:
         load = self._engine.load
         return pb.Load(

@@ -53,7 +53,7 @@ class Cloud:
     """A connection to one verification service. Opens nothing until the first call.
 
     `pair_hash` (codec.pair_hash) says whom every request means; 0: whatever is served. `token` says who asks. With `insecure`
-    it may leave this machine unencrypted.
+    it may leave this machine unencrypted. No reply above `max_reply_bytes` is taken.
 
     Raises:
         ConfigError: the address is not HOST:PORT, a certificate cannot be read, or the token could be read on its way.
@@ -68,12 +68,14 @@ class Cloud:
         *,
         token: str | None = None,
         insecure: bool = False,
+        max_reply_bytes: int = 1 << 22,
     ) -> None:
         host, _, port = address.rpartition(":")
         if not host or not port.isdigit() or not 0 < int(port) < 65536:
             raise ConfigError(f"cloud is {address!r}; it takes HOST:PORT")
         self.address = address
         self.timeout = timeout
+        self._max_reply_bytes = max_reply_bytes
         self.pair_hash = pair_hash
         self.metadata = None if token is None else ((codec.AUTHORIZATION_KEY, f"Bearer {_check_token(token)}"),)
         if token is not None and tls is None and not insecure and not is_loopback(host):
@@ -93,12 +95,19 @@ class Cloud:
             ("grpc.keepalive_time_ms", 10_000),
             ("grpc.keepalive_timeout_ms", 10_000),
             ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.max_receive_message_length", self._max_reply_bytes),
         ]
         if self._credentials is None:
             self._channel = grpc.insecure_channel(self.address, options)
         else:
             self._channel = grpc.secure_channel(self.address, self._credentials, options)
         self.stub = pb_grpc.VerificationStub(self._channel)
+        # On the wire the same as a method with one reply; but so gRPC shows what comes before the reply, when it comes.
+        self.infer: Any = self._channel.unary_stream(
+            f"/{codec.SERVICE_NAME}/Infer",
+            request_serializer=pb.InferRequest.SerializeToString,
+            response_deserializer=pb.InferReply.FromString,
+        )
 
     def warm(self) -> None:
         """Connect, or wake the radio, without waiting. Whatever comes of it, the next call will see."""
@@ -131,7 +140,7 @@ class Cloud:
             if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
                 words = f"nothing answers at {self.address} within {self.timeout.connect_s:g} s; is `edgecloud serve` running?"
                 raise CloudUnavailableError(words) from error
-            raise _map(error, self.address) from error
+            raise map_error(error, self.address) from error
         if reply.protocol_version != codec.PROTOCOL_VERSION:
             raise ProtocolError(
                 f"{self.address} speaks protocol version {reply.protocol_version}, this client {codec.PROTOCOL_VERSION}; "
@@ -150,8 +159,9 @@ class Cloud:
             max_context_tokens=reply.limits.max_context_tokens,
             max_draft_tokens=reply.limits.max_draft_tokens,
             max_message_bytes=reply.limits.max_message_bytes,
-            tail_cuts=list(reply.tail_cuts),
-            boundary_codecs=list(reply.boundary_codecs),
+            tail_cuts=tuple(reply.tail_cuts),
+            boundary_codecs=tuple(reply.boundary_codecs),
+            graph_cuts=tuple(reply.graph_cuts),
         )
 
     def heard(self, reply: pb.DescribeReply | pb.VerifyReply | pb.DecodeReply) -> None:
@@ -225,7 +235,7 @@ class ServiceSession:
 
     def learned(self, error: grpc.RpcError, *, conditional: bool = False) -> CloudError:
         """What a failure says; a refusal also of what the service has, unless it was assumed to have more than it was told."""
-        mapped = _map(error, self._cloud.address)
+        mapped = map_error(error, self._cloud.address)
         if isinstance(mapped, ContextMissingError) and not conditional:
             self._server_tokens = self._server_tokens[: mapped.cached_length]
         return mapped
@@ -379,7 +389,7 @@ def cost_of(reply: pb.VerifyReply | pb.DecodeReply, elapsed_s: float, uplink_byt
     )
 
 
-def _map(error: grpc.RpcError, address: str) -> CloudError:
+def map_error(error: grpc.RpcError, address: str) -> CloudError:
     """The one place where gRPC's codes become our errors."""
     code, words = error.code(), _words(error)
     detail = pb.ErrorDetail()
@@ -401,7 +411,7 @@ def _map(error: grpc.RpcError, address: str) -> CloudError:
         case grpc.StatusCode.UNAUTHENTICATED:
             return CloudAuthError(f"{address}: {words}")
         case grpc.StatusCode.UNIMPLEMENTED:
-            return ProtocolError(f"{address} is no edgecloud verification service")
+            return ProtocolError(f"{address} is no edgecloud verification service that does this: {words}")
         case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.DEADLINE_EXCEEDED | grpc.StatusCode.CANCELLED:
             return CloudUnavailableError(f"{address} does not answer ({words}); is `edgecloud serve` running?")
         case grpc.StatusCode.INTERNAL | grpc.StatusCode.UNKNOWN:

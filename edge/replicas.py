@@ -46,6 +46,11 @@ class Replicas:
             return min(closed, key=lambda replica: (replica.handshake_ms is None, replica.handshake_ms)).cloud
         return closed[0].cloud
 
+    def working(self, now_s: float) -> Cloud | None:
+        """The one to ask, unless all have failed lately."""
+        cloud = self.choose(now_s)
+        return cloud if cloud is not None and self._of(cloud).passed_over_until_s <= now_s else None
+
     def failed(self, cloud: Cloud, now_s: float) -> None:
         """A call has come to nothing: others are preferred for a while."""
         replica = self._of(cloud)

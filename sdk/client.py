@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack, get_args
@@ -27,6 +27,7 @@ from edgecloud.errors import (
     ModelMismatchError,
 )
 from edgecloud.generation import Generation, GenerationStream
+from edgecloud.manifest import bundle_kind
 from edgecloud.options import GenerationKeywords, GenerationOptions, Prompt, check_fits, check_messages, check_whole
 from edgecloud.protocols import Drafter
 from edgecloud.rpc.codec import pair_hash
@@ -39,10 +40,14 @@ if TYPE_CHECKING:
     from edgecloud.bundle import FrontInfo
     from edgecloud.edge.front_rows import FrontRows
     from edgecloud.edge.tokenizer import ChatTokenizer
+    from edgecloud.graph_bundle import GraphBundle
+    from edgecloud.graph_client import GraphClient
+    from edgecloud.inference import InferenceReply
+    from edgecloud.tensors import Array
 
 
 class Client:
-    """Generates text with the models of a bundle. A context manager.
+    """Generates text with the models of a bundle, or runs its cut graph. A context manager.
 
     Generations take turns on the device's one cache; in mode `cloud`, which does not use it, they run side by side.
 
@@ -59,6 +64,7 @@ class Client:
         num_draft_tokens: tokens drafted a round in mode `speculative`.
         num_threads: of ONNX Runtime; 0: as many as this process may use.
         max_context_tokens: longest sequence the device keeps; 0: as the bundle says.
+        max_ram_mb: MiB that loaded parts of a graph may take, as the bundle estimates them; 0: no limit.
     """
 
     def __init__(
@@ -74,6 +80,7 @@ class Client:
         num_draft_tokens: int = 4,
         num_threads: int = 0,
         max_context_tokens: int = 0,
+        max_ram_mb: int = 0,
     ) -> None:
         self._path = Path(bundle)
         self._addresses = [] if cloud is None else [cloud] if isinstance(cloud, str) else list(cloud)
@@ -87,7 +94,10 @@ class Client:
         self._num_draft_tokens = check_whole("num_draft_tokens", num_draft_tokens, 1, 64)
         self._num_threads = check_whole("num_threads", num_threads, 0) or len(os.sched_getaffinity(0))
         self._max_context_tokens = check_whole("max_context_tokens", max_context_tokens, 0)
+        self._max_ram_bytes = check_whole("max_ram_mb", max_ram_mb, 0) << 20
         self._bundle: Bundle | None = None
+        self._graph_bundle: GraphBundle | None = None
+        self._graph_client: GraphClient | None = None
         self._tokenizer: ChatTokenizer | None = None
         self._drafter: Drafter | None = None
         self._replicas: Replicas | None = None
@@ -129,6 +139,23 @@ class Client:
             tokens = self.tokenizer.encode_chat(check_messages(prompt))
         return self.start(tokens, None, **options)
 
+    def run(self, inputs: Mapping[str, Array], *, mode: str = "auto", deadline_s: float | None = None) -> InferenceReply:
+        """Run a cut graph: `client.run({"input": array})["output"]`. Runs of several threads go on side by side.
+
+        Args:
+            inputs: an array for every input of the graph, of its dtype and shape.
+            mode: `auto`: at every call the cut that promises to be fastest; without an answer from the cloud the device computes it
+                all, if the bundle has the whole graph for it, and `reply.fell_back` says why. `edge`, `cloud`, or the name of a
+                cut: that one. `split`: the best of the cuts that both have a part in.
+            deadline_s: seconds that the run may take. What the device computes itself is not cut short.
+
+        Raises:
+            ConfigError: inputs or mode cannot work. BundleError: the bundle cannot be used; BundleKindError: it is one for text.
+            ModelMismatchError: the service runs another graph, or other cuts of it.
+            CloudError: the cloud could not answer, and nobody could stand in.
+        """
+        return self._graph().run(inputs, mode, deadline_s)
+
     def session(self, system: str | None = None) -> Session:
         """A conversation that keeps its tokens and caches between turns."""
         remote = RemoteSession(self._connection()) if self._addresses else None
@@ -145,8 +172,7 @@ class Client:
             CloudAuthError: it does not know the token.
         """
         if self._service is None:
-            bundle = self.bundle
-            self._service = self._connection().describe(lambda service, at: _check_pair(bundle, service, at), wait=wait)
+            self._service = self._connection().describe(self._check_service, wait=wait)
         return self._service
 
     def notify_network_changed(self) -> None:
@@ -157,6 +183,8 @@ class Client:
         self._estimates.link = self._split_estimates.link = LinkEstimate()
         if self._replicas is not None:
             self._replicas.reconnect()
+        if self._graph_client is not None:
+            self._graph_client.network_changed(self._estimates.link)
 
     @property
     def bundle(self) -> Bundle:
@@ -167,6 +195,18 @@ class Client:
                 bundle.verify_files("edge")
                 self._bundle = bundle
             return self._bundle
+
+    @property
+    def graph_bundle(self) -> GraphBundle:
+        """The manifest of a graph bundle, its device files checked. Raises BundleError."""
+        with self._loading:
+            if self._graph_bundle is None:
+                from edgecloud.graph_bundle import GraphBundle
+
+                bundle = GraphBundle.open(self._path)
+                bundle.verify_files("edge")
+                self._graph_bundle = bundle
+            return self._graph_bundle
 
     @property
     def tokenizer(self) -> ChatTokenizer:
@@ -199,7 +239,9 @@ class Client:
         self._closed = True
         if self._replicas is not None:
             self._replicas.close()
-        self._replicas = self._drafter = self._front = None
+        if self._graph_client is not None:
+            self._graph_client.close()
+        self._replicas = self._drafter = self._front = self._graph_client = None
 
     def __enter__(self) -> Client:
         return self
@@ -357,12 +399,7 @@ class Client:
             if not self._addresses:
                 raise ConfigError("this client has no cloud; give HOST:PORT")
             if self._replicas is None:
-                meant = pair_hash(self.bundle.target.fingerprint, self.bundle.tokenizer.fingerprint)
-                clouds = [
-                    Cloud(address, self._tls, self._timeout, meant, token=self._token, insecure=self._insecure)
-                    for address in self._addresses
-                ]
-                self._replicas = Replicas(clouds, self._prefer)
+                self._replicas = Replicas([self._cloud(address) for address in self._addresses], self._prefer)
             return self._replicas
 
     def _front_rows(self, info: FrontInfo) -> FrontRows:
@@ -374,6 +411,40 @@ class Client:
                 model = FrontModel(self.bundle.file(info.model), self._window(), self._num_threads)
                 self._front = FrontRows(model, info.cut, info.codec)
             return self._front
+
+    def _cloud(self, address: str) -> Cloud:
+        if bundle_kind(self._path) == "text":
+            meant = pair_hash(self.bundle.target.fingerprint, self.bundle.tokenizer.fingerprint)
+            return Cloud(address, self._tls, self._timeout, meant, token=self._token, insecure=self._insecure)
+        from edgecloud.edge.graph_remote import MAX_REPLY_BYTES
+
+        secret, insecure = self._token, self._insecure
+        return Cloud(address, self._tls, self._timeout, token=secret, insecure=insecure, max_reply_bytes=MAX_REPLY_BYTES)
+
+    def _check_service(self, service: Service, address: str) -> None:
+        """Refuse one that does not run what the bundle was made for. Raises ModelMismatchError."""
+        if bundle_kind(self._path) == "text":
+            _check_pair(self.bundle, service, address)
+        else:
+            _check_graph(self.graph_bundle, service, address)
+
+    def _graph(self) -> GraphClient:
+        with self._loading:
+            if self._closed:
+                raise ConfigError("this client is closed; make another")
+            if self._graph_client is None:
+                from edgecloud.graph_client import GraphClient
+
+                self._graph_client = GraphClient(
+                    self.graph_bundle,
+                    self._connection if self._addresses else None,
+                    self._check_service,
+                    timeout=self._timeout,
+                    link=self._estimates.link,
+                    num_threads=self._num_threads,
+                    max_ram_bytes=self._max_ram_bytes or None,
+                )
+            return self._graph_client
 
     def _device(self) -> Drafter:
         with self._loading:
@@ -399,3 +470,12 @@ def _check_pair(bundle: Bundle, service: Service, address: str) -> None:
                 f"{address} serves {service.model_name} with {what} fingerprint {theirs}, the bundle {bundle.path} was made for "
                 f"{bundle.target.name} with {ours}; serve that bundle, or make one for this target"
             )
+
+
+def _check_graph(bundle: GraphBundle, service: Service, address: str) -> None:
+    """The same for a graph. Raises ModelMismatchError."""
+    if service.model_fingerprint != bundle.graph.fingerprint:
+        raise ModelMismatchError(
+            f"{address} serves {service.model_name} with fingerprint {service.model_fingerprint}, the bundle {bundle.path} was "
+            f"made of {bundle.graph.name} with {bundle.graph.fingerprint}; serve that bundle, or make one of this graph"
+        )

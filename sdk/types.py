@@ -188,6 +188,7 @@ class Service:
     exact: str  # bitwise: logits depend on nothing but the tokens before; tolerance: to rounding, on what shares a pass
     max_context_tokens: int
     max_draft_tokens: int
-    max_message_bytes: int
-    tail_cuts: list[int]  # numbers of layers that a device may run itself, in mode `split`; empty: not with this service
-    boundary_codecs: list[str]  # how rows between front and tail may be encoded
+    max_message_bytes: int  # of a request
+    tail_cuts: tuple[int, ...] = ()  # numbers of layers that a device may run itself, in mode `split`; none: not with this service
+    boundary_codecs: tuple[str, ...] = ()  # how rows between front and tail may be encoded
+    graph_cuts: tuple[str, ...] = ()  # cuts of an ONNX graph that it takes; none: it serves a language model
