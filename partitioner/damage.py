@@ -6,9 +6,10 @@ tail; the rest of the target runs as it is. Layers before the cut are the target
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,14 +55,18 @@ def measure_damage(model: torch.nn.Module, samples: Sequence[Sample], cuts: Sequ
     samples = [sample for sample in samples if sample.continuation_ids]
     if not samples:
         raise ConfigError("no sample has an answer to measure on; give samples with continuation_ids")
-    tallies = {(cut, codec): _Tally() for cut in cuts for codec in codecs}
+    compared: dict[tuple[int, str], list[tuple[bool, float]]] = {(cut, codec): [] for cut in cuts for codec in codecs}
     for sample in samples:
         wanted = answer_log_probs(model, sample)
-        for (cut, codec), tally in tallies.items():
-            with through_codec(layers[cut], codec) as widths:
-                tally.add(wanted, answer_log_probs(model, sample))
-            tally.bytes_per_position = row_bytes(codec, widths[0])
-    return [tally.damage(cut, codec) for (cut, codec), tally in tallies.items()]
+        for cut, codec in compared:
+            with stream_changed(layers[cut], partial(through_codec, codec=codec)) as widths:
+                compared[cut, codec] += compare(wanted, answer_log_probs(model, sample))
+    return [summarize(cut, codec, row_bytes(codec, widths[0]), positions) for (cut, codec), positions in compared.items()]
+
+
+def through_codec(rows: Tensor, codec: str) -> Tensor:
+    """What is left of rows on the other side.  [n, width] float32 -> [n, width] float32"""
+    return codec_torch.decode(codec_torch.encode(rows, codec), codec, rows.shape[1])
 
 
 def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
@@ -74,17 +79,15 @@ def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
 
 
 @contextmanager
-def through_codec(layer: torch.nn.Module, codec: str) -> Iterator[list[int]]:
-    """Within it, what enters `layer` has been encoded and decoded. Yields the widths of the rows so far."""
+def stream_changed(layer: torch.nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[list[int]]:
+    """Within it, rows that enter `layer` are changed: [n, width] float32 to the same. Yields the widths of those so far."""
     widths: list[int] = []
 
     def replace(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]  # [batch, positions, width]
-        width = hidden.shape[-1]
-        widths.append(width)
-        data = codec_torch.encode(hidden.reshape(-1, width).to(torch.float32), codec)
-        decoded = codec_torch.decode(data, codec, width, hidden.dtype).reshape(hidden.shape)
-        return ((decoded, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": decoded})
+        widths.append(hidden.shape[-1])
+        changed = change(hidden.flatten(0, -2).to(torch.float32)).to(hidden.dtype).reshape(hidden.shape)
+        return ((changed, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": changed})
 
     handle = layer.register_forward_pre_hook(replace, with_kwargs=True)
     try:
@@ -95,24 +98,21 @@ def through_codec(layer: torch.nn.Module, codec: str) -> Iterator[list[int]]:
 
 def answer_log_probs(model: torch.nn.Module, sample: Sample) -> Tensor:
     """Of every token, at every position of the answer, given the answer before it. -> [answer, vocab] float32"""
-    ids = torch.tensor([sample.prompt_ids + sample.continuation_ids[:-1]])
+    ids, num_positions = torch.tensor([sample.prompt_ids + sample.continuation_ids[:-1]]), len(sample.continuation_ids)
     with torch.inference_mode():
-        logits: Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=len(sample.continuation_ids)).logits[0]
+        logits: Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=num_positions).logits[0, -num_positions:]
     return logits.float().log_softmax(dim=1)
 
 
-class _Tally:
-    """Sums over samples."""
+def compare(wanted: Tensor, got: Tensor) -> list[tuple[bool, float]]:
+    """For each position, whether both choose the same token, and KL(wanted || got) in nats. Log probabilities: [answer, vocab]"""
+    same = wanted.argmax(dim=1) == got.argmax(dim=1)
+    kl = (wanted.exp() * (wanted - got)).sum(dim=1).clamp(min=0.0)  # of equals it is a rounding error, of either sign
+    return list(zip(same.tolist(), kl.tolist(), strict=True))
 
-    def __init__(self) -> None:
-        self.bytes_per_position = 0
-        self._num_agreed = 0
-        self._kl: list[float] = []
 
-    def add(self, wanted: Tensor, got: Tensor) -> None:
-        self._num_agreed += int((wanted.argmax(dim=1) == got.argmax(dim=1)).sum())
-        self._kl += (wanted.exp() * (wanted - got)).sum(dim=1).clamp(min=0.0).tolist()
-
-    def damage(self, cut: int, codec: str) -> Damage:
-        num = len(self._kl)
-        return Damage(cut, codec, self.bytes_per_position, self._num_agreed / num, sum(self._kl) / num, max(self._kl), num)
+def summarize(cut: int, codec: str, bytes_per_position: int, positions: Sequence[tuple[bool, float]]) -> Damage:
+    """Over all positions of all samples."""
+    same, kl = zip(*positions, strict=True)
+    num = len(positions)
+    return Damage(cut, codec, bytes_per_position, sum(same) / num, sum(kl) / num, max(kl), num)
