@@ -48,13 +48,10 @@ class Session:
         hashed = row_keys_hash if self.kind.cut else context_hash
         return length <= len(self.tokens) and hashed(self.tokens[:length]) == expected_hash
 
-    def begin_anew(self, kind: Kind) -> None:
-        """Forget everything: the tokens will be of this kind."""
-        self.table.release()
-        self.kind, self.tokens, self.rows = kind, [], bytearray()
-
-    def replace_from(self, start: int, tokens: Sequence[int], rows: bytes = b"") -> None:
+    def replace_from(self, start: int, tokens: Sequence[int], kind: Kind = IDS, rows: bytes = b"") -> None:
         """Make the tokens from `start` on equal these; what is cached beyond the first difference is forgotten."""
+        assert start == 0 or kind == self.kind, "tokens of two kinds never meet"
+        self.kind = kind
         new = list(tokens)
         self.table.crop_to(start + common_prefix(self.tokens[start:], new))
         self.tokens[start:] = new
