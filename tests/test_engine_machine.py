@@ -511,9 +511,8 @@ class EngineMachine(RuleBasedStateMachine):
         """Note what is written where. Only who holds a page alone may write, and nobody may find it meanwhile."""
         slots, ids = batch.slots.tolist(), batch.input_ids[0].tolist()
         enter = [entry.row for entry in batch.entries]
-        hidden = dict(
-            zip(range(*enter[:1], len(ids)), (row for e in batch.entries for part in e.hidden for row in part), strict=False)
-        )
+        entered = (row for entry in batch.entries for part in entry.hidden for row in part)
+        hidden = dict(zip(range(*enter[:1], len(ids)), entered, strict=False))
         self.seen["passes of several kinds"] += len({*enter, 0}) > 1
         written = [slot // PAGE_SIZE for slot in slots]
         assert len(set(slots)) == len(slots), "two rows of a pass were written to one place"
