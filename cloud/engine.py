@@ -182,13 +182,11 @@ class Engine:
         session.busy = True
         job.session = session
         job.context_length = request.context_start + request.num_new_context
-        if session.kind != kind:
-            session.begin_anew(kind)
         if boundary is None:
             session.replace_from(request.context_start, request.context_ids + request.draft_ids)
         else:
             keys = row_keys(boundary.rows, boundary.row_bytes, boundary.cut, boundary.codec)
-            session.replace_from(request.context_start, keys, boundary.rows)
+            session.replace_from(request.context_start, keys, kind, boundary.rows)
         session.table.crop_to(job.context_length - 1)  # the logits of the context's last token are needed
         self._jobs.append(job)
 

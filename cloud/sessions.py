@@ -53,13 +53,10 @@ class Session:
         """Whether the first `length` tokens are all, and the target has chosen this one to follow them."""
         return length == len(self.tokens) and self.chosen == token_id
 
-    def begin_anew(self, kind: Kind) -> None:
-        """Forget everything: the tokens will be of this kind."""
-        self.table.release()
-        self.kind, self.tokens, self.rows, self.chosen = kind, [], bytearray(), None
-
-    def replace_from(self, start: int, tokens: Sequence[int], rows: bytes = b"") -> None:
+    def replace_from(self, start: int, tokens: Sequence[int], kind: Kind = IDS, rows: bytes = b"") -> None:
         """Make the tokens from `start` on equal these; what is cached beyond the first difference is forgotten."""
+        assert start == 0 or kind == self.kind, "tokens of two kinds never meet"
+        self.kind = kind
         new = list(tokens)
         self.table.crop_to(start + common_prefix(self.tokens[start:], new))
         self.tokens[start:] = new

@@ -100,6 +100,12 @@ class PlainTarget:
                 break
         return Plain(tokens[len(prompt) :], margins)
 
+    def hidden(self, tokens: Sequence[int]) -> list[npt.NDArray[np.float32]]:
+        """What every layer takes, by one full forward.  -> [len(tokens), width] each; behind them what the head takes"""
+        with torch.inference_mode():
+            states = self._model(torch.tensor([list(tokens)]), output_hidden_states=True).hidden_states
+        return [state[0].numpy() for state in states]
+
     def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """One full forward.  -> [len(tokens), vocab]"""
         with torch.inference_mode():

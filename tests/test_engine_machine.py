@@ -15,6 +15,8 @@ from functools import cache
 from types import SimpleNamespace
 from unittest.mock import patch
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import Phase, event, settings
@@ -31,11 +33,15 @@ from edgecloud.cloud.engine import Engine
 from edgecloud.cloud.model import TargetModel
 from edgecloud.cloud.pages import PageTable
 from edgecloud.cloud.sessions import Session
-from edgecloud.cloud.work import Answer, Extend, Extended, Failed, Overloaded, Refused
-from edgecloud.rpc.codec import context_hash
+from edgecloud.cloud.work import Answer, Boundary, Extend, Extended, Failed, Overloaded, Refused
+from edgecloud.kernels import codec
+from edgecloud.rpc.codec import context_hash, row_keys, row_keys_hash
 from edgecloud.sampling import SamplingSettings
 
 VOCAB_SIZE = 40
+WIDTH = 32
+CODEC = "float32"
+ROW_BYTES = codec.row_bytes(CODEC, WIDTH)
 PAGE_SIZE = 4
 FEWEST_SHARED = 8  # tokens
 STEMS = [[(5 * i + 2) % VOCAB_SIZE for i in range(64)], [(7 * i + 3) % VOCAB_SIZE for i in range(64)]]
@@ -59,6 +65,10 @@ LEAST_SEEN = {
     "cancelled in a queue": 4,
     "accepted in part": 100,
     "passes of several": 100,
+    "passes of several kinds": 100,  # some rows enter at one layer, some at another
+    "tails": 200,
+    "another kind refused": 4,
+    "overloaded with rows": 2,
 }
 few_passes = st.sampled_from([0, 0, 1, 3])  # before the next thing happens
 SAMPLINGS = [SamplingSettings(), SamplingSettings(temperature=1.0, seed=11)]
@@ -69,7 +79,18 @@ class Oracle:
 
     def __init__(self, plain: PlainTarget) -> None:
         self._logits = cache(lambda tokens: plain.logits(tokens)[-1])
+        self._hidden = cache(lambda tokens: [taken[-1] for taken in plain.hidden(tokens)])
         self.choice = cache(lambda tokens, sampling: plain_choice(self._logits(tokens), tokens, sampling))
+
+    def rows(self, tokens: Sequence[int], cut: int) -> npt.NDArray[np.float32]:
+        """What enters layer `cut` for every token, as a device computes it: each row a function of the tokens up to its own."""
+        return np.array([self._hidden(tuple(tokens[: i + 1]))[cut] for i in range(len(tokens))], np.float32).reshape(-1, WIDTH)
+
+    def told(self, tokens: Sequence[int], cut: int) -> list[int]:
+        """What a session holds that is told these tokens: them, or the keys of their rows."""
+        if not cut:
+            return list(tokens)
+        return row_keys(codec.encode(self.rows(tokens, cut), CODEC).tobytes(), ROW_BYTES, cut, CODEC)
 
     def verdict(self, context: Sequence[int], draft: Sequence[int], sampling: SamplingSettings) -> tuple[int, int, float]:
         """Number accepted, next token, and the least by which any of the choices was made."""
@@ -96,9 +117,11 @@ class Client:
     session_id: bytes
     tenant: str
     tokens: list[int]
+    cut: int = 0  # layers that it runs itself; 0: it sends ids
     num_known: int = 0  # tokens that it believes the engine has
     queue: list[Asked] = field(default_factory=list)  # not ended; the first one is at work
-    held: list[int] | None = None  # the engine's tokens of the session; None: it knows of none
+    held: list[int] | None = None  # the engine's tokens of the session, or keys of rows; None: it knows of none
+    held_cut: int = 0
     released: bool = False  # while at work: to be forgotten after it
     may_expire: bool = False  # has been idle for long
 
@@ -112,10 +135,15 @@ class Asked:
     request: Extend
     context: tuple[int, ...]  # all of it, also what the request only names by its hash
     admitted: bool = False
+    before: tuple[list[int] | None, int] = (None, 0)  # what the engine had of the session when it was admitted
     refusal: Refused | None = None  # ought to come
     cancelled: bool = False
     answers: list[Answer] = field(default_factory=list)
     hung_by_a_hair: bool = False  # the target's own choice was a tie somewhere
+
+    @property
+    def cut(self) -> int:
+        return self.request.boundary.cut if self.request.boundary else 0
 
     @property
     def ended(self) -> bool:
@@ -179,16 +207,17 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(
         who=st.integers(0, 5),
+        cut=st.sampled_from([0, 0, 0, 1, 2]),
         stem=st.sampled_from([0, 0, 1]),
         num_common=st.sampled_from([0, 9, 17, 26, 33, 33]),
         own=st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=6),
         num_draft_tokens=st.integers(0, 4),
         passes=few_passes,
     )
-    def open(self, who: int, stem: int, num_common: int, own: list[int], num_draft_tokens: int, passes: int) -> None:
+    def open(self, who: int, cut: int, stem: int, num_common: int, own: list[int], num_draft_tokens: int, passes: int) -> None:
         """A prompt of one's own, often with much in common with others."""
         client = self.clients[who]
-        client.tokens, client.num_known = STEMS[stem][:num_common] + own, 0
+        client.cut, client.tokens, client.num_known = cut, STEMS[stem][:num_common] + own, 0
         self.verify(client, num_draft_tokens, num_draft_tokens)
         self.step(passes)
 
@@ -214,6 +243,7 @@ class EngineMachine(RuleBasedStateMachine):
     )
     def decode(self, who: int, max_new_tokens: int, stop_at: int | None, sampled: bool, passes: int) -> None:
         client, sampling = self.clients[who], SAMPLINGS[sampled]
+        client.cut = 0  # what was told of rows so far is refused
         self.fit(client, max_new_tokens)
         right = self.oracle.continuation(client.tokens, max_new_tokens, sampling)
         stop = frozenset() if stop_at is None else frozenset({right[min(stop_at, len(right) - 1)]})
@@ -331,7 +361,7 @@ class EngineMachine(RuleBasedStateMachine):
         accepted, token, _ = self.oracle.verdict(client.tokens, draft, sampling)
         self.ask(client, sampling, draft_ids=draft)
         client.tokens = [*client.tokens, *draft[:accepted], token]
-        client.num_known = len(client.tokens)
+        client.num_known = len(client.tokens) - bool(client.cut)  # the last token's row is the client's to compute
 
     def fit(self, client: Client, num_more: int) -> None:
         """What the service would refuse as too long is not asked."""
@@ -343,7 +373,13 @@ class EngineMachine(RuleBasedStateMachine):
     def ask(self, client: Client, sampling: SamplingSettings, **options: object) -> None:
         start, tokens = client.num_known, tuple(client.tokens)
         options = {"tenant": client.tenant, "max_cache_tokens": self.quotas[client.tenant], **options}
-        request = Extend(client.session_id, start, tokens[start:], context_hash(tokens[:start]), sampling, **options)  # type: ignore[arg-type]
+        before = self.oracle.told(tokens[:start], client.cut)
+        ids, hashed = tokens[start:], (row_keys_hash if client.cut else context_hash)(before)
+        if client.cut:
+            ids = ()
+            rows = self.oracle.rows([*tokens, *options.get("draft_ids", ())], client.cut)[start:]  # type: ignore[misc]
+            options["boundary"] = Boundary(client.cut, CODEC, ROW_BYTES, codec.encode(rows, CODEC).tobytes())
+        request = Extend(client.session_id, start, ids, hashed, sampling, **options)  # type: ignore[arg-type]
         self.submit(client, request, tokens)
 
     def submit(self, client: Client, request: Extend, context: tuple[int, ...]) -> Asked:
@@ -361,17 +397,19 @@ class EngineMachine(RuleBasedStateMachine):
     def admit(self, asked: Asked) -> None:
         """It is its session's turn: what the session ought to be from now on."""
         client, start, known = asked.client, asked.request.context_start, asked.client.held
-        if start and known is None:
+        context = self.oracle.told(asked.context, asked.cut)
+        if start and (known is None or client.held_cut != asked.cut):
+            self.seen["another kind refused"] += known is not None
             asked.refusal = Refused(0)
-        elif known is not None and tuple(known[:start]) != asked.context[:start]:
+        elif start and known is not None and known[:start] != context[:start]:
             asked.refusal = Refused(len(known) if start > len(known) else 0)
         if asked.refusal:
             return
         session = self.sessions.get(client.session_id)
         self.seen["rebuilt"] += bool(start and session and not session.table.num_pages)
-        self.seen["cropped"] += bool(start and known and start < len(known) and known[start] != (*asked.context, -1)[start])
-        asked.admitted, client.may_expire = True, False
-        client.held = [*asked.context, *asked.request.draft_ids]
+        self.seen["cropped"] += bool(start and known and start < len(known) and known[start] != (*context, -1)[start])
+        asked.admitted, client.may_expire, asked.before = True, False, (client.held, client.held_cut)
+        client.held, client.held_cut = self.oracle.told([*asked.context, *asked.request.draft_ids], asked.cut), asked.cut
 
     def take(self, asked: Asked, answer: Answer) -> None:
         """The engine answers."""
@@ -416,12 +454,14 @@ class EngineMachine(RuleBasedStateMachine):
         client, request = asked.client, asked.request
         assert client.held is not None
         draft = request.draft_ids
-        context = client.held[: len(client.held) - len(draft)]
+        context = list(asked.context) if asked.cut else client.held[: len(client.held) - len(draft)]
         accepted, token, margin = self.oracle.verdict(context, draft, request.sampling)
         asked.hung_by_a_hair |= margin < TIE
         assert (answer.num_accepted, answer.next_token_id) == (accepted, token) or asked.hung_by_a_hair
         self.seen["accepted in part"] += 0 < accepted < len(draft)
-        client.held = [*context, *draft[: answer.num_accepted], answer.next_token_id]
+        self.seen["tails"] += bool(asked.cut)
+        next_token = [] if asked.cut else [answer.next_token_id]
+        client.held = self.oracle.told([*context, *draft[: answer.num_accepted], *next_token], asked.cut)
         assert answer.cached_length == len(client.held)
         last = len(asked.answers) >= request.max_new_tokens or answer.next_token_id in request.stop_token_ids
         assert answer.last == (last or len(client.held) > self.engine.max_context_tokens)
@@ -431,7 +471,11 @@ class EngineMachine(RuleBasedStateMachine):
         assert answer.retry_after_ms > 0
         others = [client for client in self.clients if client.queue and client is not asked.client]
         assert others, "there was room: nobody else was at work"
-        if "every session" in answer.reason:
+        if "rows of busy" in answer.reason:
+            self.seen["overloaded with rows"] += 1
+            asked.client.held, asked.client.held_cut = asked.before
+            assert all(s.busy for s in self.all_sessions if s.rows and s.session_id != asked.client.session_id)
+        elif "every session" in answer.reason:
             assert len(self.sessions) == len(others) == self.max_sessions
             asked.client.held = None
         elif "max_cache_tokens" in answer.reason:
@@ -455,7 +499,7 @@ class EngineMachine(RuleBasedStateMachine):
         for client in self.clients:
             if client.held is not None and self.sessions.get(client.session_id) is None:
                 assert not client.queue, "a session at work was forgotten"
-                assert client.may_expire or self.max_sessions < len(TENANTS), (
+                assert client.may_expire or client.held_cut or self.max_sessions < len(TENANTS), (
                     f"session {client.session_id[0]} was forgotten without need"
                 )
                 self.seen["forgotten"] += 1
@@ -466,6 +510,10 @@ class EngineMachine(RuleBasedStateMachine):
     def watched_forward(self, batch: PagedBatch) -> torch.Tensor:
         """Note what is written where. Only who holds a page alone may write, and nobody may find it meanwhile."""
         slots, ids = batch.slots.tolist(), batch.input_ids[0].tolist()
+        enter = [entry.row for entry in batch.entries]
+        entered = (row for entry in batch.entries for part in entry.hidden for row in part)
+        hidden = dict(zip(range(*enter[:1], len(ids)), entered, strict=False))
+        self.seen["passes of several kinds"] += len({*enter, 0}) > 1
         written = [slot // PAGE_SIZE for slot in slots]
         assert len(set(slots)) == len(slots), "two rows of a pass were written to one place"
         holder = {page: session for session in self.all_sessions for page in session.table._pages}
@@ -475,11 +523,17 @@ class EngineMachine(RuleBasedStateMachine):
         for segment in batch.segments:
             context = [slot for first, last in segment.runs for slot in range(first, last)]
             start = segment.length - segment.num_rows
-            tenant = self.tenant_of(holder[written[segment.start]])
+            session = holder[written[segment.start]]
+            tenant = self.tenant_of(session)
             for row, position in zip(range(segment.start, segment.stop), range(start, segment.length), strict=True):
                 assert context[position] == slots[row]
                 before = self.texts[context[position - 1]] if position else tenant
-                self.texts[slots[row]] = hash((before, ids[row]))
+                self.texts[slots[row]] = hash((before, session.tokens[position]))
+                if row in hidden:
+                    encoded = codec.encode(hidden[row].numpy()[None], CODEC).tobytes()
+                    assert row_keys(encoded, ROW_BYTES, session.kind.cut, CODEC) == [session.tokens[position]]
+                else:
+                    assert ids[row] == session.tokens[position]
         self.seen["passes of several"] += len(batch.segments) > 1
         if self.next_breaks:  # half way: what was written is worth nothing
             self.next_breaks, self.broken = False, True
@@ -533,6 +587,8 @@ class EngineMachine(RuleBasedStateMachine):
             if session is None:
                 continue
             assert session.tokens == client.held
+            assert session.kind.cut == client.held_cut
+            assert len(session.rows) == len(session.tokens) * session.kind.row_bytes
             assert session.busy == bool(client.queue)
             text: object = client.tenant
             names = PageTable(self.pool, client.tenant)
@@ -547,6 +603,10 @@ class EngineMachine(RuleBasedStateMachine):
     def what_others_may_find_is_what_its_name_says(self) -> None:
         for page, digest in self.pool._digests.items():
             assert self.names.get(self.texts[(page + 1) * PAGE_SIZE - 1], digest) == digest
+
+    @invariant()
+    def rows_take_no_more_room_than_there_is(self) -> None:
+        assert sum(len(session.rows) for session in self.all_sessions) <= self.sessions._max_row_bytes
 
     @invariant()
     def no_request_is_lost(self) -> None:
@@ -579,7 +639,8 @@ class EngineMachine(RuleBasedStateMachine):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[TargetModel, Oracle]:
-    folder = make_tiny_llama(tmp_path_factory.mktemp("target") / "m", vocab_size=VOCAB_SIZE, hidden_size=32, scale=0.6)
+    sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": WIDTH, "num_layers": 3}
+    folder = make_tiny_llama(tmp_path_factory.mktemp("target") / "m", **sizes, scale=0.6)  # type: ignore[arg-type]
     return TargetModel(folder), Oracle(plain_target(folder))
 
 
