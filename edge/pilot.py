@@ -516,11 +516,13 @@ class Pilot:
         return "overdue" if waited_s + TICK_S >= overdue_s else None
 
     def _next_wake(self, now_s: float, waited: tuple[float, float, float] | None) -> float | None:
-        times = [] if self._resting_until_s is None else [self._resting_until_s]
+        wake_s = self._resting_until_s
         if waited is not None:
             waited_s, *limits = waited
-            times += [now_s - waited_s + limit for limit in limits if limit > waited_s + TICK_S]
-        return min(times, default=None)
+            for limit_s in limits:
+                if limit_s > waited_s + TICK_S and (wake_s is None or now_s - waited_s + limit_s < wake_s):
+                    wake_s = now_s - waited_s + limit_s
+        return wake_s
 
     # Small print
 
