@@ -34,9 +34,9 @@ class VirtualDevice:
         elapsed_ms = self._step_ms + (missing - 1) * self._read_ms
         self.num_steps += 1
 
-        def done() -> None:
-            if one_step:
-                self._estimates.device.drafted(elapsed_ms)
-            post(Drafted(order.version, self._text.guess(order.tokens)))
+        later(self._env, elapsed_ms / 1e3, self._done, order, post, elapsed_ms if one_step else None)
 
-        later(self._env, elapsed_ms / 1e3, done)
+    def _done(self, order: Draft, post: Callable[[Drafted], None], step_ms: float | None) -> None:
+        if step_ms is not None:
+            self._estimates.device.drafted(step_ms)
+        post(Drafted(order.version, self._text.guess(order.tokens)))

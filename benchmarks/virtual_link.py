@@ -5,31 +5,38 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from simpy import Environment
-from simpy.events import Timeout
+from simpy import Environment, Event
 
 from edgecloud.edge.link_config import Outage, Pacer, RateFunction, constant_rate
 
 Receiver = Callable[..., None]
 
 
+class Later(Event):
+    """An event that is a call and no more: there are thousands of them in a minute."""
+
+    _ok, _value = True, None  # triggered when it is made, as simpy's Timeout
+
+    def __init__(self, env: Environment, delay_s: float, call: Receiver, arguments: tuple[Any, ...]) -> None:
+        self.callbacks = [lambda _: call(*arguments)]
+        env.schedule(self, delay=delay_s if delay_s > 0 else 0.0)
+
+
 def later(env: Environment, delay_s: float, call: Receiver, *arguments: Any) -> None:
     """Call it after so much virtual time."""
-    Timeout(env, delay_s if delay_s > 0 else 0.0).callbacks.append(lambda _: call(*arguments))
+    Later(env, delay_s, call, arguments)
 
 
 class Direction:
     """One way: bytes leave at a rate, arrive after a delay, and keep their order."""
 
-    def __init__(self, env: Environment, delay_s: Callable[[float], float], rate: RateFunction, outages: Sequence[Outage]) -> None:
-        self._env = env
+    def __init__(self, delay_s: Callable[[float], float], rate: RateFunction, outages: Sequence[Outage]) -> None:
         self._delay_s = delay_s
         self._pacer = Pacer(rate, outages)
         self._last_s = 0.0
 
-    def arrival_s(self, num_bytes: int) -> float:
+    def arrival_s(self, num_bytes: int, now_s: float) -> float:
         """When what is sent now arrives."""
-        now_s = self._env.now
         sent_s = self._pacer.send(num_bytes, self._pacer.service_from(now_s))
         self._last_s = max(self._last_s, sent_s + self._delay_s(now_s))
         return self._last_s
@@ -54,8 +61,8 @@ class VirtualLink:
     ) -> None:
         self._env = env
         free = constant_rate(None)
-        self._up = Direction(env, lambda time_s: rtt_ms(time_s) / 2e3, up or free, outages)
-        self._down = Direction(env, lambda time_s: rtt_ms(time_s) / 2e3, down or free, outages)
+        self._up = Direction(lambda time_s: rtt_ms(time_s) / 2e3, up or free, outages)
+        self._down = Direction(lambda time_s: rtt_ms(time_s) / 2e3, down or free, outages)
         self._connection = 0
         self._down_until_s = 0.0
         self.on_break: list[Callable[[], None]] = []
@@ -81,11 +88,9 @@ class VirtualLink:
         self._carry(self._down, num_bytes, receive, arguments)
 
     def _carry(self, way: Direction, num_bytes: int, receive: Receiver, arguments: tuple[Any, ...]) -> None:
-        connection = self._connection
+        now_s = self._env.now
+        Later(self._env, way.arrival_s(num_bytes, now_s) - now_s, self._arrive, (self._connection, receive, arguments))
 
-        def arrive(_: Any) -> None:
-            if connection == self._connection:
-                receive(*arguments)
-
-        delay_s = way.arrival_s(num_bytes) - self._env.now
-        Timeout(self._env, delay_s if delay_s > 0 else 0.0).callbacks.append(arrive)
+    def _arrive(self, connection: int, receive: Receiver, arguments: tuple[Any, ...]) -> None:
+        if connection == self._connection:
+            receive(*arguments)

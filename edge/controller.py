@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from edgecloud.cost import Price, overlapped
+from edgecloud.cost import Price, flights_worth, overlapped
 from edgecloud.edge.estimates import Estimates
 from edgecloud.edge.plan import MAX_IN_FLIGHT, Plan
 from edgecloud.types import Objective
@@ -64,14 +64,15 @@ class Controller:
         step_ms = known.device.step_ms or USUAL_STEP_MS
         rtt_ms = self._rtt_ms(now_s)
         lengths = [k for k in DRAFT_LENGTHS if k <= self.max_draft_tokens]
-        survival = known.acceptance.survival(lengths[-1])
+        survival = tuple(known.acceptance.survival(lengths[-1]))
+        pass_ms = {k: known.cloud.pass_ms(k + 1, context_tokens) for k in {SHORT_FIRST, *lengths}}
+        queue_ms = known.cloud.queue_ms
         arms = [Arm(Plan("cloud", 0), Price(known.cloud.stream_ms(context_tokens), 1.0))]
         for length in lengths:
-            pass_ms, queue_ms = known.cloud.pass_ms(length + 1, context_tokens), known.cloud.queue_ms
             for first in sorted({SHORT_FIRST, length}):
-                first_ms = known.cloud.pass_ms(first + 1, context_tokens)
-                price = overlapped(survival, length, step_ms, rtt_ms, pass_ms, MAX_IN_FLIGHT, queue_ms, (first, first_ms))
-                arms.append(Arm(Plan("speculative", length, num_first_tokens=first), price))
+                price = overlapped(survival, length, step_ms, rtt_ms, pass_ms[length], MAX_IN_FLIGHT, queue_ms, (first, pass_ms[first]))
+                flights = min(MAX_IN_FLIGHT, flights_worth(survival, length, first))  # further ones would be drafted in vain
+                arms.append(Arm(Plan("speculative", length, flights, num_first_tokens=first), price))
         return arms
 
     def _rtt_ms(self, now_s: float) -> float:
@@ -90,7 +91,7 @@ class Controller:
             a for a in arms if self._objective != "cost" or a.price.ms_per_token <= COST_SLOWDOWN * stream.price.ms_per_token
         ]
         best = min(allowed, key=self._loss)
-        present = next((arm for arm in allowed if arm.plan == self._chosen), None)
+        present = next((arm for arm in allowed if self._chosen is not None and same_way(arm.plan, self._chosen)), None)
         if present is None or best is present:
             return best.plan
         if best.plan.mode != present.plan.mode:
@@ -109,3 +110,8 @@ class Controller:
                 return arm.price.ms_per_token * arm.price.passes_per_token
             case _:
                 return arm.price.ms_per_token
+
+
+def same_way(a: Plan, b: Plan) -> bool:
+    """Whether they differ in nothing but how far the device drafts ahead, which goes with what is known of the acceptance."""
+    return (a.mode, a.num_draft_tokens, a.num_first_tokens) == (b.mode, b.num_draft_tokens, b.num_first_tokens)

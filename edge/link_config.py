@@ -166,6 +166,8 @@ class Pacer:
         return self.free_at_s
 
     def _segment(self, time_s: float) -> tuple[float, float]:
+        if not self._stalls:
+            return self._rate(time_s)
         service_s = self.service_from(time_s)
         if service_s > time_s:
             return 0.0, service_s

@@ -237,6 +237,7 @@ class Pilot:
         self._lost = False
         self._backlog = False  # guesses piled up without the cloud: all of them go into the next flight
         self._offline = False  # for the rest of this generation
+        self._limits: tuple[int, float, float] | None = None  # a call, and after how many seconds it is overdue, and lost
 
     def begin(self, now_s: float) -> None:
         """The first actions."""
@@ -250,6 +251,8 @@ class Pilot:
         """
         if self.finished:
             return
+        if not isinstance(happening, Drafted):  # a guess changes nothing in what is known of link and cloud
+            self._limits = None
         match happening:
             case Drafted(version, token_id):
                 self._take_guess(version, token_id)
@@ -381,7 +384,8 @@ class Pilot:
         plan = self._planner.plan(now_s, len(self.tokens))
         if not self._offline:
             self._call(plan, now_s)
-        late = self._lateness(now_s)
+        waited = self._waited(now_s)
+        late = self._lateness(waited)
         waiting = self._flights[0] if self._flights else self._stream if late == "lost" else None
         if late is not None and waiting is not None and not waiting.hedged:
             waiting.hedged = True
@@ -392,7 +396,7 @@ class Pilot:
             self._lose("the cloud has not answered in time")
         self._draft(plan, late is not None)
         self._finish_unreached()
-        self.wake_s = self._next_wake(now_s)
+        self.wake_s = self._next_wake(now_s, waited)
 
     def _call(self, plan: Plan, now_s: float) -> None:
         if self._resting_until_s is not None:
@@ -427,9 +431,8 @@ class Pilot:
                 length = min(self._max_draft if self._backlog else 0, len(self.tail) - base)
             length = min(length, room - 1)
             draft = self.tail[base : base + length]
-            stop = next((at for at, token in enumerate(draft) if token in self._stops), None)
-            if stop is not None:
-                del draft[stop + 1 :]
+            if not self._stops.isdisjoint(draft):
+                del draft[next(at for at, token in enumerate(draft) if token in self._stops) + 1 :]
             elif len(draft) < (length if last else min(length, plan.first)):
                 return
             if last and not draft and self._backlog:
@@ -492,33 +495,37 @@ class Pilot:
             self.steps.append(Round(token_ids, "edge", "provisional"))
         self._finish_if_complete()
 
-    def _lateness(self, now_s: float) -> Literal["overdue", "lost"] | None:
-        waited = self._waited(now_s)
+    def _waited(self, now_s: float) -> tuple[float, float, float] | None:
+        """For how long an answer has been waited for, and how long it takes to be overdue, and to be lost."""
+        first = self._flights[0] if self._flights else None
+        if first is not None:
+            call, since_s, num_new, streaming = first.call, first.sent_s, len(first.draft_ids) + 1, False
+        elif self._stream is not None:
+            call, since_s, num_new, streaming = self._stream.call, self._stream.heard_s, 1, self._stream.num_heard > 0
+        else:
+            return None
+        if self._limits is None or self._limits[0] != call:
+            num_new = num_new if self._opened else len(self.tokens)
+            self._limits = call, self._patience.overdue_s(num_new, streaming), self._patience.lost_s(num_new, streaming)
+        _, overdue_s, lost_s = self._limits
+        return now_s - since_s, overdue_s, lost_s
+
+    def _lateness(self, waited: tuple[float, float, float] | None) -> Literal["overdue", "lost"] | None:
         if waited is None:
             return None
-        waited_s, num_new, streaming = waited
-        if waited_s + TICK_S >= self._patience.lost_s(num_new, streaming):
+        waited_s, overdue_s, lost_s = waited
+        if waited_s + TICK_S >= lost_s:
             return "lost"
-        return "overdue" if waited_s + TICK_S >= self._patience.overdue_s(num_new, streaming) else None
+        return "overdue" if waited_s + TICK_S >= overdue_s else None
 
-    def _waited(self, now_s: float) -> tuple[float, int, bool] | None:
-        """For how long an answer has been waited for, to how many tokens, and whether it is a stream's next."""
-        if self._flights:
-            first = self._flights[0]
-            num_new = len(first.draft_ids) + 1 if self._opened else len(self.tokens)
-            return now_s - first.sent_s, num_new, False
-        if self._stream:
-            streaming = self._stream.num_heard > 0
-            return now_s - self._stream.heard_s, 1 if self._opened else len(self.tokens), streaming
-        return None
-
-    def _next_wake(self, now_s: float) -> float | None:
-        times = [] if self._resting_until_s is None else [self._resting_until_s]
-        if (waited := self._waited(now_s)) is not None:
-            waited_s, num_new, streaming = waited
-            limits = (self._patience.overdue_s(num_new, streaming), self._patience.lost_s(num_new, streaming))
-            times += [now_s - waited_s + limit for limit in limits if limit > waited_s + TICK_S]
-        return min(times, default=None)
+    def _next_wake(self, now_s: float, waited: tuple[float, float, float] | None) -> float | None:
+        wake_s = self._resting_until_s
+        if waited is not None:
+            waited_s, *limits = waited
+            for limit_s in limits:
+                if limit_s > waited_s + TICK_S and (wake_s is None or now_s - waited_s + limit_s < wake_s):
+                    wake_s = now_s - waited_s + limit_s
+        return wake_s
 
     # Small print
 

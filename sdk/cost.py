@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 
 NEGLIGIBLE = 0.01  # probability below which a cycle is cut off
@@ -60,18 +61,19 @@ def overlapped(
         first: length of the first draft and ms of its pass, where they are not K's.
     """
     first_length, first_ms = first or (num_draft_tokens, verify_ms)
+    trip_ms = rtt_ms / 2
     surviving, num_tokens, num_passes, total_ms = 1.0, 0.0, 0.0, draft_ms / 2
     pass_end_ms = 0.0
     verdicts: list[float] = []  # when they arrive
-    reach = _reach(survival, num_draft_tokens + 1)
-    sums = [0.0, *accumulate(reach)]
+    reach, sums = _reach(tuple(survival), max(num_draft_tokens, FURTHEST))
     start, length, pass_ms = 0, first_length + 1, first_ms
     while surviving > NEGLIGIBLE and start < FURTHEST:
         sent_ms = (start + length - 1) * draft_ms
-        if len(verdicts) >= max_in_flight:
-            sent_ms = max(sent_ms, verdicts[-max_in_flight])
-        pass_end_ms = max(sent_ms + rtt_ms / 2 + queue_ms, pass_end_ms) + pass_ms
-        verdicts.append(pass_end_ms + rtt_ms / 2)
+        if len(verdicts) >= max_in_flight and verdicts[-max_in_flight] > sent_ms:
+            sent_ms = verdicts[-max_in_flight]
+        arrives_ms = sent_ms + trip_ms + queue_ms
+        pass_end_ms = (arrives_ms if arrives_ms > pass_end_ms else pass_end_ms) + pass_ms
+        verdicts.append(pass_end_ms + trip_ms)
         num_passes += surviving
         num_tokens += sums[start + length] - sums[start]
         start += length
@@ -80,6 +82,19 @@ def overlapped(
         total_ms += (surviving - (0.0 if last else survives)) * verdicts[-1]
         surviving, length, pass_ms = survives, num_draft_tokens + 1, verify_ms
     return Price(total_ms / num_tokens, num_passes / num_tokens)
+
+
+def flights_worth(survival: Sequence[float], num_draft_tokens: int, first_length: int | None = None) -> int:
+    """How many drafts on their way at a time can matter: those whose start survives with more than a negligible probability.
+
+    With more of them `overlapped` gives the same price. Arguments as there; at least 1.
+    """
+    reach, _ = _reach(tuple(survival), max(num_draft_tokens, FURTHEST))
+    number, start = 1, (num_draft_tokens if first_length is None else first_length) + 1
+    while start < FURTHEST and reach[start] > NEGLIGIBLE:
+        number += 1
+        start += num_draft_tokens + 1
+    return number
 
 
 def ttft_ms(prefill_ms: float, rtt_ms: float = 0.0, uplink_ms: float = 0.0) -> float:
@@ -128,12 +143,16 @@ def break_even_rtt_ms(
     return (low + high) / 2
 
 
-def _reach(survival: Sequence[float], margin: int) -> list[float]:
-    """S_0, S_1, ... until it is negligible, and so many more: beyond those given it falls at the last rate."""
+@lru_cache(maxsize=4)  # one survival is asked for every draft length
+def _reach(survival: tuple[float, ...], margin: int) -> tuple[list[float], list[float]]:
+    """S_0, S_1, ... until it is negligible, and more than `margin` more; and the sum of all before each.
+
+    Beyond those given, S falls at the last rate.
+    """
     reach = [1.0, *survival]
     rate = reach[-1] / reach[-2] if survival and reach[-2] else 0.0
     while reach[-1] > NEGLIGIBLE and len(reach) <= FURTHEST:
         reach.append(reach[-1] * rate)
-    for _ in range(margin):
+    for _ in range(margin + 1):
         reach.append(reach[-1] * rate)
-    return reach
+    return reach, [0.0, *accumulate(reach)]
