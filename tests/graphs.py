@@ -144,7 +144,12 @@ def _crossing(model: onnx.ModelProto, n: int) -> tuple[list[str], list[str], lis
 
 
 def _save(
-    path: Path, model: onnx.ModelProto, nodes: Sequence[Any], infos: Mapping[str, Any], outputs: Sequence[str], offered: Sequence[str]
+    path: Path,
+    model: onnx.ModelProto,
+    nodes: Sequence[Any],
+    infos: Mapping[str, Any],
+    outputs: Sequence[str],
+    offered: Sequence[str],
 ) -> None:
     used = {i for node in nodes for i in node.input}
     weights = [w for w in model.graph.initializer if w.name in used]
