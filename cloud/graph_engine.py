@@ -201,10 +201,18 @@ class GraphEngine:
                 job.deliver(Unfit(str(error)))
                 continue
             job.deliver(self._answer(alone, started_s, 1))
-            if company.allowed and not _agree(alone, share):
+            agrees = _agree(alone, share) and (job is not jobs[0] or self._agrees_beside_another(job, inputs[job.number], alone))
+            if company.allowed and not agrees:
                 self._forbid(job.request.cut, company, "outputs depend on what shares a run")
-        if company.num_shared == 1 and company.allowed and _same_inputs(jobs):
-            company.num_shared = 0  # equal requests prove nothing
+
+    def _agrees_beside_another(self, job: Job, inputs: Arrays, alone: Arrays) -> bool:
+        """Requests that came together may be equal, which would prove nothing: so once more, beside one made of it that is not."""
+        joined = {name: np.concatenate([array, _unlike(array)]) for name, array in inputs.items()}
+        try:
+            shares = _split(self.run(job.request.cut, joined), [_rows(job), _rows(job)])
+        except ConfigError:
+            return True  # the graph does not take what was made: it proves nothing
+        return shares is not None and _agree(alone, shares[0])
 
     def _forbid(self, cut: str, company: Company, reason: str) -> None:
         company.allowed = False
@@ -246,5 +254,7 @@ def _agree(alone: Arrays, share: Arrays) -> bool:
     return True
 
 
-def _same_inputs(jobs: Sequence[Job]) -> bool:
-    return all(job.request.inputs == jobs[0].request.inputs for job in jobs)
+def _unlike(array: Array) -> Array:
+    """Another array of that form: of twice the range, where values have one, and the other way round."""
+    turned = array[..., ::-1] if array.ndim > 1 else array
+    return np.add(turned, turned) if array.dtype.kind == "f" else turned

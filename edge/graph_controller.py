@@ -54,6 +54,7 @@ class GraphController:
         self._needs_cloud = {cut.name: cut.cloud is not None for cut in cuts}
         self._estimates = estimates
         self._present = chosen
+        self._is_first = True
         self._aged_s = {True: AGED_S, False: AGED_S}  # by whether it is the cloud that is to be tried again
 
     def choose(self, now_s: float, size: float, allowed: Collection[str]) -> Choice:
@@ -63,7 +64,8 @@ class GraphController:
         present = next((price for price in prices if price.cut == self._present), None)
         if present is not None and best.total_ms > OTHER_CUT * present.total_ms:
             best = present
-        trial = self._trial(best, now_s, size, allowed)
+        trial = None if self._is_first else self._trial(best, now_s, size, allowed)
+        self._is_first = False
         if trial is not None:
             return Choice(trial, is_trial=True)
         self._present = best.cut

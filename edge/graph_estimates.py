@@ -14,8 +14,9 @@ from edgecloud.edge.estimates import LinkEstimate, Smoothed
 
 SHARED = 0.6  # of a change in one cut's time, in the exponent, that the others are taken to share
 NEW_RATE = 0.5  # weight of the latest transfer: it is exact, and a link changes at once
+STALE_S = 10.0  # what was seen of the cloud before so long a pause counts no more
 SMALL_BYTES = 2048  # a message that takes no time on the line worth knowing
-USUAL_MS_PER_BYTE = 8e-4  # 10 Mbit/s, before anything was seen
+USUAL_MS_PER_BYTE, HOPED_MS_PER_BYTE = 8e-4, 8e-5  # 10 and 100 Mbit/s, before anything was seen
 
 
 class CutTimes:
@@ -40,6 +41,10 @@ class CutTimes:
                     tells = min(1.0, self._stated_ms[name] / self._stated_ms[other])  # what is short tells little of what is long
                     known.mean *= (seen.mean / before_ms) ** (SHARED * tells)
 
+    def start_anew(self) -> None:
+        """Forget what was measured, but for the best of it."""
+        self._seen.clear()
+
     def ms(self, name: str, *, hopeful: bool = False) -> float:
         """The part of this cut: as seen; else as stated, times what the parts seen took over what was stated of them.
 
@@ -62,16 +67,16 @@ class Rate:
 
     def __init__(self) -> None:
         self._ms_per_byte: float | None = None
-        self._least: float = USUAL_MS_PER_BYTE
+        self._least = HOPED_MS_PER_BYTE
 
-    def add(self, elapsed_ms: float, num_bytes: int) -> None:
-        """A transfer, without the round trip."""
+    def add(self, elapsed_ms: float, num_bytes: int, *, anew: bool) -> None:
+        """A transfer, without the round trip; `anew`: those before count no more."""
         if num_bytes <= SMALL_BYTES:
             return
         value = max(0.0, elapsed_ms) / num_bytes
         known = self._ms_per_byte
         self._least = value if known is None else min(self._least, value)
-        self._ms_per_byte = value if known is None else known + NEW_RATE * (value - known)
+        self._ms_per_byte = value if known is None or anew else known + NEW_RATE * (value - known)
 
     def ms(self, num_bytes: float, *, hopeful: bool = False) -> float:
         """So many bytes; `hopeful`: as on the best day."""
@@ -96,11 +101,14 @@ class GraphEstimates:
 
     def served(self, cut: str, size: float, trip: Trip, now_s: float) -> None:
         """The service has answered."""
-        self.asked_s = now_s
+        anew = self._asked_again(now_s)
+        if anew:
+            self.queue = Smoothed()
+            self.cloud.start_anew()
         self.link.heard(now_s)
         rtt_ms = self.link.rtt_ms or 0.0
-        self.up.add(trip.uplink_ms - rtt_ms, trip.uplink_bytes)
-        self.down.add(trip.downlink_ms, trip.downlink_bytes)
+        self.up.add(trip.uplink_ms - rtt_ms, trip.uplink_bytes, anew=anew)
+        self.down.add(trip.downlink_ms, trip.downlink_bytes, anew=anew)
         self.queue.add(trip.queue_ms)
         self.cloud.add(cut, trip.cloud_ms / size, now_s)
         self.uplink_bytes[cut] = trip.uplink_bytes / size
@@ -108,8 +116,13 @@ class GraphEstimates:
 
     def unanswered(self, elapsed_ms: float, num_bytes: int, now_s: float) -> None:
         """The service had not even received the request after this time."""
+        self.up.add(elapsed_ms - (self.link.rtt_ms or 0.0), num_bytes, anew=self._asked_again(now_s))
+
+    def _asked_again(self, now_s: float) -> bool:
+        """-> whether it was the first time after a pause"""
+        is_stale = now_s - self.asked_s > STALE_S
         self.asked_s = now_s
-        self.up.add(elapsed_ms - (self.link.rtt_ms or 0.0), num_bytes)
+        return is_stale
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,7 +48,7 @@ def run(arguments: Sequence[str]) -> int:
 def _register() -> None:
     import importlib
 
-    for command in ("fetch", "partition", "serve", "health", "token", "generate", "link", "profile", "bench", "demo"):
+    for command in ("fetch", "partition", "serve", "health", "token", "generate", "run", "link", "profile", "bench", "demo"):
         importlib.import_module(f"edgecloud.cli.{command}")
 
 
