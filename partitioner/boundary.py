@@ -1,4 +1,4 @@
-"""What a boundary tensor costs and loses with each codec: bytes, time, and the damage to the model's outputs on the user's samples."""
+"""What a boundary tensor costs and loses with each codec: bytes, time, and damage to the outputs on the user's samples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from edgecloud.errors import ConfigError, ModelError
 from edgecloud.kernels import codec as kernel
 from edgecloud.partitioner.cut_graph import Halves
 from edgecloud.partitioner.onnx_model import OnnxModel
-from edgecloud.partitioner.ort_session import ALL, NONE, Session
+from edgecloud.partitioner.ort_session import NONE, Session
 from edgecloud.partitioner.samples import Array, Sample
 from edgecloud.partitioner.tensor_facts import TensorFact
 
@@ -97,7 +97,9 @@ class Accuracy:
         self._expected = [whole.run(sample) for sample in samples]
         again = whole.run(samples[0])
         if any(not same_bits(again[name], value) for name, value in self._expected[0].items()):
-            raise ModelError(f"{model.path} gives other outputs for the same inputs, so no cut of it can be checked; fix its random seed")
+            raise ModelError(
+                f"{model.path} gives other outputs for the same inputs, so no cut of it can be checked; fix its random seed"
+            )
 
     def measure(self, halves: Halves, codecs: Mapping[str, str]) -> Damage:
         """Front, codecs, tail, as the runtime runs them. `codecs`: of boundary tensors; others travel raw."""
@@ -126,7 +128,9 @@ class Accuracy:
         found = run_halves(halves, front, tail, self._samples[0], {})
         for name, value in whole.items():
             if not same_bits(value, found[name]):
-                raise ModelError(f"{self._model.path}: output {name!r} changes when the graph is cut at {halves.boundary}; report this model")
+                raise ModelError(
+                    f"{self._model.path}: output {name!r} changes when the graph is cut at {halves.boundary}; report this model"
+                )
 
 
 def run_halves(

@@ -77,4 +77,3 @@ def _value(name: str, typed: Mapping[str, onnx.ValueInfoProto], facts: Mapping[s
         return typed[name]
     fact = facts[name]
     return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(fact.dtype)), fact.symbolic)
-

@@ -7,7 +7,7 @@ too much although everything travels raw (the runtime rounds otherwise there) is
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from edgecloud.partitioner.boundary import RAW, Accuracy, CodecSpeed, Damage, encoded_bytes, takes_codec
 from edgecloud.partitioner.cut_graph import Halves, cut_model
@@ -62,8 +62,10 @@ class CutPlanner:
     _forbidden: set[Edge] = field(default_factory=set)
     _known: dict[tuple[Edge, tuple[tuple[str, str], ...]], Candidate] = field(default_factory=dict)
 
-    def choose(self, link: LinkSpec) -> Choice | None:
+    def choose(self, link: LinkSpec, *, divided: bool = False) -> Choice | None:
         """The best cut for a link; None if memory, pins and tensors that cannot travel leave none.
+
+        `divided`: of those that leave something to both sides.
 
         Raises:
             ModelError: a half does not run.
@@ -72,6 +74,8 @@ class CutPlanner:
         for _ in range(MAX_TRIALS):
             codecs = self._codecs(link)
             problem = self.problem(link, codecs)
+            if divided:
+                problem = replace(problem, forbidden=problem.forbidden | {self.dag.whole, frozenset()})
             found = best_cut(problem)
             if found is None:
                 return None
@@ -79,7 +83,7 @@ class CutPlanner:
             if candidate.damage.loss <= self.max_loss:
                 return Choice(candidate, found.cost, found.bound, found.exact and not guessed)
             guessed |= self._learn(candidate)
-        return self._fallback(link)
+        return None if divided else self._fallback(link)
 
     def problem(self, link: LinkSpec, codecs: Mapping[str, str]) -> Problem:
         """What is minimised for a link, with a codec for every tensor."""
@@ -130,7 +134,9 @@ class CutPlanner:
         found = {}
         for flow in self.dag.flows:
             name = flow.name
-            usable = [codec for codec in self.speeds if codec and takes_codec(self.facts[name]) and (name, codec) not in self._banned]
+            usable = [
+                codec for codec in self.speeds if codec and takes_codec(self.facts[name]) and (name, codec) not in self._banned
+            ]
             found[name] = min([RAW, *usable], key=lambda codec, name=name: spent(name, codec))  # type: ignore[misc]
         return found
 

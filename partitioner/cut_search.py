@@ -27,7 +27,7 @@ MAX_PREFIXES = 300
 
 @dataclass(frozen=True, slots=True)
 class Stages:
-    """What a request costs, in nanoseconds, by who works: device, way up, cloud, way down; a round trip once if the cloud does any."""
+    """What a request costs in nanoseconds, by who works; a round trip is added if the cloud does anything."""
 
     device: Costs
     up: Costs
@@ -164,7 +164,9 @@ class _Search:
 
     def _relax(self, fixed: Fixed) -> Relaxed | None:
         met: list[Relaxed] = []
-        for bound, edge in self._bounds_of_slowest(fixed) if self._problem.objective == "throughput" else self._bounds_of_sum(fixed):
+        for bound, edge in (
+            self._bounds_of_slowest(fixed) if self._problem.objective == "throughput" else self._bounds_of_sum(fixed)
+        ):
             self.offer(edge)
             met.append(Relaxed(bound, (edge,)))
         if not met:
@@ -245,6 +247,8 @@ def weigh(stages: Iterable[Costs], shares: Iterable[int]) -> Costs:
     pairs = list(zip(stages, shares, strict=True))
 
     def add(name: str) -> tuple[int, ...]:
-        return tuple(sum(values) for values in zip(*([share * value for value in getattr(c, name)] for c, share in pairs), strict=True))
+        return tuple(
+            sum(values) for values in zip(*([share * value for value in getattr(c, name)] for c, share in pairs), strict=True)
+        )
 
     return Costs(add("edge"), add("cloud"), add("send"), add("back"))

@@ -1,4 +1,4 @@
-"""A computation as a directed acyclic graph: what it computes, what it passes on, what it keeps in memory. Nothing here knows ONNX."""
+"""A computation as a directed acyclic graph: what it passes on and what it keeps in memory. Nothing here knows ONNX."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ class Dag:
 
     def returning(self, edge: Edge) -> list[int]:
         """Indices of the outputs that travel down."""
-        return [i for i, flow in enumerate(self.flows) if flow.is_output and flow.producer is not None and flow.producer not in edge]
+        return [
+            i for i, flow in enumerate(self.flows) if flow.is_output and flow.producer is not None and flow.producer not in edge
+        ]
 
     def is_cut(self, edge: Edge) -> bool:
         """Whether data flows from the device to the cloud only, what must not cross does not, and pins hold."""

@@ -56,13 +56,26 @@ class GraphReport:
 
     def checks(self) -> dict[str, Any]:
         """What bundle.json keeps."""
-        kept = ("objective", "link", "total_ms", "cloud_share", "costs_ms", "proven", "bound_ms", "regions", "max_loss", "loss_metric")
+        kept = (
+            "objective",
+            "link",
+            "total_ms",
+            "cloud_share",
+            "costs_ms",
+            "proven",
+            "bound_ms",
+            "regions",
+            "max_loss",
+            "loss_metric",
+        )
         return {key: value for key, value in self.to_dict().items() if key in kept}
 
     def to_table(self) -> Group:
         """For a terminal."""
         what = "latency" if self.objective == "latency" else "slowest stage"
-        caption = "chosen: *; " + ("no cut is predicted to be better" if self.proven else f"no cut can be below {self.bound_ms:.1f} ms")
+        caption = "chosen: *; " + (
+            "no cut is predicted to be better" if self.proven else f"no cut can be below {self.bound_ms:.1f} ms"
+        )
         title = f"{self.model}, {self.link}\n{self.bundle}{', not written' if self.dry_run else ''}"
         table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
         table.add_column("cut", no_wrap=True)

@@ -1,7 +1,7 @@
 """The cheapest cut of a DAG, exactly: a minimum s-t cut, with an auxiliary node for every tensor so that it is paid for once.
 
-Costs are integers (nanoseconds), so that a flow network's arithmetic is exact. Constructed as Hu et al. 2019 (DADS) do, with edges of
-infinite capacity against a way back; weights that several nodes share are paid for once by the same device, in the other direction.
+Costs are integers (nanoseconds), so that a flow network's arithmetic is exact. Constructed as by Hu et al. 2019 (DADS), with edges
+of infinite capacity against a way back; a weight that several nodes share is paid for once by the same device turned round.
 """
 
 from __future__ import annotations

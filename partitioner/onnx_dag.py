@@ -40,7 +40,7 @@ def analyse(model: OnnxModel, survivors: Collection[str]) -> Structure:
     inputs = {tensor.name for tensor in model.inputs}
     constants: set[int] = set()
     for index, node in enumerate(graph.node):
-        fed = any(name in inputs or producers.get(name, index) not in constants and name in producers for name in needs[index])
+        fed = any(name in inputs or (producers.get(name, index) not in constants and name in producers) for name in needs[index])
         if not fed and node.op_type not in RANDOM_OPS and not outputs & set(node.output):
             constants.add(index)
     reached: set[int] = set()
@@ -176,9 +176,7 @@ def _num_bytes(tensor: onnx.TensorProto) -> int:
         return int(count)
 
 
-def _pins(
-    model: OnnxModel, structure: Structure, group_of: Mapping[int, int], pins: Mapping[str, Side]
-) -> dict[int, Side]:
+def _pins(model: OnnxModel, structure: Structure, group_of: Mapping[int, int], pins: Mapping[str, Side]) -> dict[int, Side]:
     found: dict[int, Side] = {}
     for pinned, side in pins.items():
         nodes = [i for i, node in enumerate(model.proto.graph.node) if i in group_of and pinned in (node.name, *node.output)]

@@ -108,7 +108,9 @@ def _load_external_data(path: Path, proto: onnx.ModelProto) -> list[str]:
         info = external_data_helper.ExternalDataInfo(tensor)
         pure = PurePosixPath(info.location)
         if pure.is_absolute() or ".." in pure.parts or "\\" in info.location or not pure.parts:
-            raise ModelError(f"{path}: the data of {tensor.name!r} lies in {info.location!r}, outside the model's folder; do not use it")
+            raise ModelError(
+                f"{path}: the data of {tensor.name!r} lies in {info.location!r}, outside the model's folder; do not use it"
+            )
         file = path.parent / info.location
         if not file.is_file():
             raise ModelError(f"{path}: the data of {tensor.name!r} is missing, {file} does not exist; copy it beside the model")

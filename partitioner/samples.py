@@ -28,7 +28,9 @@ def load_samples(files: Sequence[Path], model: OnnxModel) -> list[Sample]:
         return [_load(file, model) for file in files]
     for tensor in model.inputs:
         if not all(isinstance(size, int) for size in tensor.shape):
-            raise ConfigError(f"input {tensor.name!r} of {model.path} has the dynamic shape {tensor.shape}; give --inputs SAMPLE.npz")
+            raise ConfigError(
+                f"input {tensor.name!r} of {model.path} has the dynamic shape {tensor.shape}; give --inputs SAMPLE.npz"
+            )
     generator = np.random.default_rng(0)
     return [{tensor.name: _invent(tensor, generator) for tensor in model.inputs}]
 

@@ -1,4 +1,4 @@
-"""What every tensor between two nodes is, in a run with the user's sample: dtype, shape, bytes. Exact also where shapes depend on data."""
+"""What every tensor between two nodes is in a run with the user's sample; exact also where shapes depend on data."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def measure_tensors(model: OnnxModel, names: Collection[str], sample: Sample, nu
         if name in facts:
             continue
         known = inferred.get(name)
-        travels = known is None or (known.type.HasField("tensor_type") and numpy_dtype(known.type.tensor_type.elem_type) is not None)
+        travels = known is None or (
+            known.type.HasField("tensor_type") and numpy_dtype(known.type.tensor_type.elem_type) is not None
+        )
         if travels:
             wanted.append(name)
         else:

@@ -26,7 +26,9 @@ def dags(draw: st.DrawFn) -> Dag:
         flows.append(Flow(f"input {index}", None, consumers, draw(NS)))
     for node in range(num_nodes):
         for index in range(draw(st.integers(1, 2))):
-            later = st.frozensets(st.integers(node + 1, num_nodes - 1), max_size=3) if node + 1 < num_nodes else st.just(frozenset())
+            later = (
+                st.frozensets(st.integers(node + 1, num_nodes - 1), max_size=3) if node + 1 < num_nodes else st.just(frozenset())
+            )
             consumers = draw(later)
             is_output = not consumers or draw(st.booleans())
             can_cross = draw(st.integers(0, 9)) > 0
