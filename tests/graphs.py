@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,12 +123,6 @@ def same(got: Mapping[str, npt.NDArray[Any]], want: Mapping[str, npt.NDArray[Any
         got[name].dtype == want[name].dtype and got[name].shape == want[name].shape and got[name].tobytes() == want[name].tobytes()
         for name in want
     )
-
-
-@contextmanager
-def at_once(number: int) -> Iterator[threading.Barrier]:
-    """A barrier for so many threads."""
-    yield threading.Barrier(number)
 
 
 def _crossing(model: onnx.ModelProto, n: int) -> tuple[list[str], list[str], list[str]]:

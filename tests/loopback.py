@@ -20,7 +20,7 @@ from pairs import PATIENCE_S
 from edgecloud.cloud.attention import PagedBatch
 from edgecloud.cloud.engine import Engine
 from edgecloud.cloud.engine_client import EngineClient
-from edgecloud.cloud.engine_loop import EngineLoop
+from edgecloud.cloud.engine_loop import EngineLoop, SteppedEngine
 from edgecloud.cloud.gate import Gate
 from edgecloud.cloud.messages import Stop, encode
 from edgecloud.cloud.metrics import Metrics
@@ -58,7 +58,7 @@ class Loopback:
 
 
 @asynccontextmanager
-async def engine_thread(engine: Engine) -> AsyncIterator[EngineClient]:
+async def engine_thread(engine: SteppedEngine) -> AsyncIterator[EngineClient]:
     """Production's loop and messages, with a thread of this process in the place of a process: a test can look into it."""
     context = zmq.Context()
     endpoint = f"inproc://{id(engine)}"

@@ -76,12 +76,13 @@ def read_arrays(path: Path) -> dict[str, Array]:
     import numpy as np
 
     try:
-        with np.load(path, allow_pickle=False) as content:
+        with path.open("rb") as file:
+            content = np.load(file, allow_pickle=False)
             if isinstance(content, np.lib.npyio.NpzFile):
                 return {name: content[name] for name in content.files}
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{path} is no .npz file of plain arrays ({error}); save it with numpy.savez") from error
     raise ConfigError(f"{path} holds a single array without a name; save it with numpy.savez")
 
