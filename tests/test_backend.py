@@ -9,22 +9,23 @@ from pathlib import Path
 
 import pytest
 
-from edgecloud.kernels import attention_torch, choice_torch
+from edgecloud.kernels import attention_torch, choice_torch, codec_torch
 from edgecloud.kernels.backend import Backend, backend_for
 
 NO_TRITON = "triton has wheels for Linux only; there, `pip install edgecloud[cuda]` lets this run"
 
 
 def test_everything_but_cuda_gets_torch() -> None:
-    torch_kernels = Backend(attention_torch.ragged_paged_attention, choice_torch.choose, attention_torch.TILE)
+    torch_kernels = Backend(attention_torch.ragged_paged_attention, choice_torch.choose, codec_torch.decode, attention_torch.TILE)
     assert backend_for("cpu") == backend_for("mps") == torch_kernels
 
 
 def test_cuda_gets_triton() -> None:
     pytest.importorskip("triton", reason=NO_TRITON)
-    from edgecloud.kernels import attention_triton, choice_triton
+    from edgecloud.kernels import attention_triton, choice_triton, codec_triton
 
-    assert backend_for("cuda") == Backend(attention_triton.ragged_paged_attention, choice_triton.choose, 1)
+    triton_kernels = Backend(attention_triton.ragged_paged_attention, choice_triton.choose, codec_triton.decode, 1)
+    assert backend_for("cuda") == triton_kernels
 
 
 WITHOUT_TRITON = """
@@ -57,7 +58,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from edgecloud.kernels import attention_triton, choice_triton
+from edgecloud.kernels import attention_triton, choice_triton, codec_triton
+from edgecloud.kernels.codec import FORMS
 
 
 def shared_bytes(kernel, types, **constants):
@@ -75,6 +77,11 @@ for dtype, precision, dim, on in (("fp32", "ieee", 256, False), ("bf16", "tf32",
     print(shared_bytes(attention_triton._attend, types, **constants))
 types = {"logits": "*bf16", "integers": "*i64", "reals": "*fp64", "scores": "*fp64", "ids": "*i64"}
 print(shared_bytes(choice_triton._best_of_chunk, types, CHUNK=choice_triton.CHUNK, stride=1))
+for form in FORMS.values():
+    types = {"rows": "*fp32", "data": "*u8", "unit": "fp32"}
+    constants = dict(BITS=form.bits, GROUP=form.group, BLOCK=triton.next_power_of_2(form.group), stride=1)
+    print(shared_bytes(codec_triton._encode_group, types, **constants))
+    print(shared_bytes(codec_triton._decode_chunk, types, BITS=form.bits, GROUP=form.group, CHUNK=codec_triton.CHUNK, stride=1))
 """
 MAX_SHARED_BYTES = 99 * 1024  # of a program on a consumer's GPU; servers' have more
 
@@ -87,5 +94,5 @@ def test_the_kernels_compile_for_a_gpu_and_fit_it(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/", env=environment)
     assert done.returncode == 0, done.stderr
     shared = [int(line) for line in done.stdout.split()]
-    assert len(shared) == 4
+    assert len(shared) == 8
     assert max(shared) <= MAX_SHARED_BYTES
