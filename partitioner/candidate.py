@@ -77,6 +77,12 @@ class Candidate:
         """Whether the cloud reads the prompt as tokens."""
         return self.mode in ("cloud", "speculative")
 
+    @property
+    def short(self) -> str:
+        """Without the bits."""
+        length = f", K = {self.num_draft_tokens}" if self.num_draft_tokens else ""
+        return f"{self.mode}{f' at {self.cut}' if self.mode == 'split' else ''}{length}"
+
     def __str__(self) -> str:
         words: list[str] = [self.mode]
         if self.mode == "split":

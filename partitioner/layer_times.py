@@ -106,7 +106,7 @@ class LayerTimes:
         shape, bandwidth = self.shape, self.machine.memory_bandwidth
         kv_gb = shape.kv_bytes(1, 1, 2 if self.weights == "fp16" else 4) / 1e9  # of a token
         if measured := self._measured:
-            alone = sum(_at(measured.rows, [row[layer] for row in measured.layer_ms], num_rows) for layer in range(first, last))
+            alone = sum(_at(measured.rows, measured.layer(layer), num_rows) for layer in range(first, last))
             further_gb = (last - first) * kv_gb * (context_tokens - measured.context_tokens)
             return max(0.0, alone + 1e3 * further_gb / bandwidth)
         attention = 4 * num_rows * max(0.0, context_tokens - num_rows / 2) * shape.num_heads * shape.head_size
@@ -137,7 +137,7 @@ class LayerTimes:
     @property
     def _measured(self) -> Measured | None:
         found = self.machine.find(self.shape.fingerprint, self.weights) if self.shape.fingerprint else None
-        return found if found is not None and len(found.layer_ms[0]) == self.shape.num_layers else None
+        return found if found is not None and found.fits(self.shape.num_layers) else None
 
     def _roofline_ms(self, num_weights: int, gflop: float) -> float:
         gb = num_weights * WEIGHT_BYTES[self.weights] / 1e9

@@ -7,21 +7,18 @@ figure with its source.
 from __future__ import annotations
 
 import json
-import types
 from collections.abc import Iterable
-from dataclasses import MISSING, asdict, dataclass, fields
-from difflib import get_close_matches
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml
 
 from edgecloud.errors import ConfigError
+from edgecloud.partitioner.strict import from_mapping
 
 PROFILES = Path(__file__).with_name("profiles")
 WEIGHT_FORMATS = ("int4", "int8", "fp16", "fp32")
-
-T = TypeVar("T")
 
 
 def _require_at_least_0(what: object, names: Iterable[str]) -> None:
@@ -56,6 +53,11 @@ class Energy:
     def __post_init__(self) -> None:
         _require_at_least_0(self, [field.name for field in fields(self)])
 
+    @property
+    def known(self) -> bool:
+        """Whether any figure is given."""
+        return self != Energy()
+
 
 @dataclass(frozen=True, slots=True)
 class Measured:
@@ -65,7 +67,7 @@ class Measured:
     weights: str  # format of them
     context_tokens: int  # that a pass attends to
     rows: tuple[int, ...]  # of the passes, rising
-    layer_ms: tuple[tuple[float, ...], ...]  # [rows][layer]
+    layer_ms: tuple[tuple[float, ...], ...]  # [rows][layer]; a single one: all layers take so long
     rest_ms: tuple[float, ...]  # [rows]: embedding, head, and what is around the layers
 
     def __post_init__(self) -> None:
@@ -81,6 +83,14 @@ class Measured:
             raise ValueError("layer_ms must name as many layers for every number of rows, at least one")
         if any(ms < 0 for row in (*self.layer_ms, self.rest_ms) for ms in row):
             raise ValueError("a measured time is negative")
+
+    def fits(self, num_layers: int) -> bool:
+        """Whether it can be of a model of so many layers."""
+        return len(self.layer_ms[0]) in (1, num_layers)
+
+    def layer(self, number: int) -> list[float]:
+        """-> [rows] milliseconds"""
+        return [layers[number if len(layers) > 1 else 0] for layers in self.layer_ms]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,45 +157,6 @@ def load_profile(name: str | Path, option: str = "--device") -> MachineProfile:
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{option} {name} is no {path.suffix.lstrip('.') or 'YAML'}: {' '.join(str(error).split())}") from error
     try:
-        return _build(MachineProfile, content, "")
+        return from_mapping(MachineProfile, content)
     except ValueError as error:
         raise ConfigError(f"{option} {name}: {error}") from error
-
-
-def _build(kind: type[T], content: Any, where: str) -> T:
-    """A dataclass from a mapping, its fields by their annotations. Raises ValueError that names the key."""
-    if not isinstance(content, dict):
-        raise ValueError(f"{where or 'the file'} holds a {type(content).__name__}; it takes keys and values")
-    hints = get_type_hints(kind)
-    prefix = f"{where}." if where else ""
-    for key in content:
-        if key not in hints:
-            near = get_close_matches(str(key), hints, 1, 0.0)[0]
-            raise ValueError(f"unknown key {prefix}{key}; did you mean {near}?")
-    for field in fields(kind):  # type: ignore[arg-type]  # always a dataclass here
-        if field.name not in content and field.default is MISSING:
-            raise ValueError(f"{prefix}{field.name} is missing")
-    return kind(**{key: _value(hints[key], value, prefix + key) for key, value in content.items()})
-
-
-def _value(kind: Any, value: Any, where: str) -> Any:
-    origin = get_origin(kind)
-    if isinstance(kind, types.UnionType):
-        return None if value is None else _value(get_args(kind)[0], value, where)
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise ValueError(f"{where} is {value!r}; it takes a list")
-        return tuple(_value(get_args(kind)[0], item, f"{where}[{at}]") for at, item in enumerate(value))
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise ValueError(f"{where} is {value!r}; it takes keys and values")
-        return {str(key): _value(get_args(kind)[1], item, f"{where}.{key}") for key, item in value.items()}
-    if kind is float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
-            raise ValueError(f"{where} is {value!r}; it takes a number")
-        return float(value)
-    if kind in (int, str):
-        if isinstance(value, bool) or not isinstance(value, kind):
-            raise ValueError(f"{where} is {value!r}; it takes {'a whole number' if kind is int else 'text'}")
-        return value
-    return _build(kind, value, where)

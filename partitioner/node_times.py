@@ -25,12 +25,12 @@ from edgecloud.partitioner.graph import DraftGraph
 ROWS = (1, 2, 3, 5, 9, 64)  # of the passes that are timed
 CONTEXT = 128  # tokens before them
 NUM_REPEATS = 9
-LAYER = re.compile(r"^/model/layers\.(\d+)/(?!final_norm)")  # the builder counts the norm before the head as one more
+LAYER = re.compile(r"^/model/layers\.(\d+)/(?!final_norm)")
 
 
 @dataclass(frozen=True, slots=True)
 class NodeTimes:
-    """Passes of one graph on this machine, the last row's logits. The least of several: whatever else the machine does only adds."""
+    """Passes of one graph that yield the last row's logits. The least of several: whatever else the machine does only adds."""
 
     num_threads: int
     context_tokens: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from edgecloud.cost import (
     MAX_IN_FLIGHT,
@@ -15,14 +15,13 @@ from edgecloud.cost import (
     ttft_ms,
     uplink_ms,
 )
+from edgecloud.kernels.codec import row_bytes
 from edgecloud.partitioner.candidate import FRONT_WEIGHTS, REQUEST_BYTES, TOKEN_BYTES, Candidate, Connection, Draft, Workload
 from edgecloud.partitioner.layer_times import LayerTimes, ModelShape
 from edgecloud.partitioner.losses import Losses
 from edgecloud.partitioner.machine_profile import MachineProfile
 
 RUNTIME_BYTES = 103e6  # of the device's process without a model: benchmarks/results/device_rss.json, mode cloud
-GROUP = 64  # numbers of a boundary row that share a scale
-ROW_BYTES = {"float32": 4.0, "float16": 2.0, "int8": 1 + 2 / GROUP, "int4": 0.5 + 2 / GROUP}  # of a number, its scale included
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +47,8 @@ class Scene:
     drafts: Sequence[Draft]
     device: MachineProfile
     cloud: MachineProfile
-    workload: Workload = Workload()
-    losses: Losses = Losses()
+    workload: Workload = field(default_factory=Workload)
+    losses: Losses = field(default_factory=Losses)
 
     @property
     def front_weights(self) -> list[str]:
@@ -119,15 +118,15 @@ class Predictor:
         draft = self.draft(candidate) if length else None
         step_ms, survival = (self._step_ms(draft), draft.survival) if draft else (0.0, ())
         front_ms, tail_ms = self._front_ms(front, cut, length + 1), self._cloud_ms(cut, length + 1)
-        row_bytes = self.row_bytes(codec)
-        request_bytes = REQUEST_BYTES + (length + 1) * row_bytes + length * TOKEN_BYTES
+        boundary_bytes = row_bytes(codec, self._target.hidden_size)
+        request_bytes = REQUEST_BYTES + (length + 1) * boundary_bytes + length * TOKEN_BYTES
         up_ms = uplink_ms(request_bytes, link.up_mbps)
         price = split_rounds(survival, length, step_ms, front_ms, up_ms, link.rtt_ms, tail_ms, self.cut_share(cut))
         per_round, tpot_ms = tokens_per_round(survival[:length]), price.ms_per_token
         busy_ms = (length * step_ms + front_ms) / per_round
         joules = self._joules(busy_ms, tpot_ms - busy_ms, request_bytes / per_round, TOKEN_BYTES)
         num_tokens = self._workload.prompt_tokens
-        first_up_ms = uplink_ms(REQUEST_BYTES + num_tokens * row_bytes, link.up_mbps)
+        first_up_ms = uplink_ms(REQUEST_BYTES + num_tokens * boundary_bytes, link.up_mbps)
         first_ms = ttft_ms(self._front_reads_ms(front, cut) + self._cloud_reads_ms(cut), link.rtt_ms, first_up_ms)
         num_bytes = self._target.weight_bytes(front, cut, head=False)
         num_bytes += self._target.kv_bytes(cut, self._workload.max_context_tokens)
@@ -136,10 +135,6 @@ class Predictor:
         return self._figures(
             tpot_ms, first_ms, tail_ms / per_round, price.passes_per_token, request_bytes / per_round, num_bytes, joules, loss
         )  # fmt: skip
-
-    def row_bytes(self, codec: str) -> float:
-        """Of a position at the boundary."""
-        return self._target.hidden_size * ROW_BYTES[codec]
 
     def _figures(
         self, tpot_ms: float, first_ms: float, cloud_ms: float, passes: float, up_bytes: float, model_bytes: float,

@@ -1,4 +1,4 @@
-"""The best division of labour for an objective under constraints: every plan is predicted, so the answer is exact in the model's terms."""
+"""The best division of labour for an objective under constraints: every plan is predicted, none is left out."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from math import ceil
 from typing import Literal
 
 from edgecloud.cost import COST_SLOWDOWN
-from edgecloud.errors import NoPlanError
+from edgecloud.errors import ConfigError, NoPlanError
 from edgecloud.partitioner.candidate import Candidate, Connection, PlanMode, candidates
 from edgecloud.partitioner.prediction import Figures, Predictor, Scene
 
 PlanObjective = Literal["latency", "cost", "energy", "privacy"]
+OFFERED_AS = {"the device": "a device with"}
+DEFAULT_MAX_LOSS = 0.03
+KEEP_PROMPT = "--keep-prompt-on-device"
 EVEN = 1e-9  # relative: constraints are met to rounding
 
 
@@ -21,7 +24,7 @@ class Constraints:
     """What a plan must keep to; None: free."""
 
     max_ram_bytes: float | None = None  # of the device's process
-    max_loss: float | None = None  # share of tokens that may differ from the full target's; None: a target's own tokens, no edge
+    max_loss: float = DEFAULT_MAX_LOSS  # share of tokens that may differ from the full target's; what was not measured counts as 1
     max_tpot_ms: float | None = None
     keep_prompt: bool = False  # no prompt ids leave the device
 
@@ -29,7 +32,7 @@ class Constraints:
         for name in ("max_ram_bytes", "max_tpot_ms"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"{name} is {value}; it must be above 0")
-        if self.max_loss is not None and not 0 <= self.max_loss <= 1:
+        if not 0 <= self.max_loss <= 1:
             raise ValueError(f"max_loss is {self.max_loss}; it is a share from 0 to 1")
 
 
@@ -100,6 +103,7 @@ def search(scene: Scene, link: Connection, objective: PlanObjective, constraints
 
     Raises:
         NoPlanError: no plan keeps to the constraints; names the nearest values that would do.
+        ConfigError: the objective is energy, and the device has no figures of it.
     """
     return search_over(Predictor(scene), link, objective, constraints or Constraints())
 
@@ -107,6 +111,8 @@ def search(scene: Scene, link: Connection, objective: PlanObjective, constraints
 def search_over(predictor: Predictor, link: Connection, objective: PlanObjective, constraints: Constraints) -> Search:
     """`search` with a predictor that remembers what does not depend on the link. Raises NoPlanError."""
     scene = predictor.scene
+    if objective == "energy" and not scene.device.energy.known:
+        raise ConfigError(f"{scene.device.name} has no figures of energy; give a --device that has, such as phone")
     limits = _limits(predictor, link, objective, constraints)
     found = []
     for candidate in candidates(scene.target, scene.drafts, scene.front_weights):
@@ -125,56 +131,37 @@ class _Limit:
 
     option: str
     allowed: float
-    need: Callable[[Candidate, Figures], float | None]  # None: not known
+    need: Callable[[Candidate, Figures], float]
     show: Callable[[float], str]  # rounded up, so that what is shown would do
     unit: str  # what is spent
-    unknown: str = ""  # complaint where the need is not known
 
     def met(self, candidate: Candidate, figures: Figures) -> bool:
-        need = self.need(candidate, figures)
-        return need is not None and need <= self.allowed * (1 + EVEN)
+        return self.need(candidate, figures) <= self.allowed * (1 + EVEN)
 
     def complaint(self, candidate: Candidate, figures: Figures) -> str:
-        need = self.need(candidate, figures)
-        if need is None:
-            return self.unknown
-        return f"{self.unit} {self.show(need)}, {self.option} allows {self.show(self.allowed)}"
+        if self.need is _loss and figures.loss is None:
+            return f"its loss was not measured, {self.option} allows {self.show(self.allowed)}"
+        return f"{self.unit} {self.show(self.need(candidate, figures))}, {self.option} allows {self.show(self.allowed)}"
 
 
 def _limits(predictor: Predictor, link: Connection, objective: PlanObjective, constraints: Constraints) -> list[_Limit]:
-    limits = []
-    if constraints.max_ram_bytes is not None:
-        limits.append(
-            _Limit("--max-ram", constraints.max_ram_bytes, lambda _, f: f.device_ram_bytes, lambda v: f"{ceil(v / 1e6)}MB", "needs")
-        )
-    if constraints.max_loss is not None:
-        limits.append(
-            _Limit(
-                "--max-loss", constraints.max_loss, lambda _, f: f.loss, _share, "loses",
-                unknown="its loss was not measured, --max-loss cannot be held",
-            )  # fmt: skip
-        )
-    else:  # nobody checks the draft's own text
-        limits.append(_Limit("no --max-loss", 0.0, _unchecked_loss, _share, "nobody checks it: it loses"))
-    most_tpot = constraints.max_tpot_ms
-    if most_tpot is None and objective == "cost":
-        stream = predictor.predict(Candidate("cloud"), link).tpot_ms
-        limits.append(
-            _Limit(
-                f"objective cost ({COST_SLOWDOWN} streams)", COST_SLOWDOWN * stream, lambda _, f: f.tpot_ms,
-                _ms, "takes",
-            )  # fmt: skip
-        )
-    elif most_tpot is not None:
-        limits.append(_Limit("--tpot", most_tpot, lambda _, f: f.tpot_ms, _ms, "takes"))
+    has_bytes = predictor.scene.device.ram * 1e9
+    asked_bytes = constraints.max_ram_bytes
+    ram = "--max-ram" if asked_bytes is not None and asked_bytes <= has_bytes else "the device"
+    limits = [_Limit(ram, min(has_bytes, asked_bytes or has_bytes), lambda _, f: f.device_ram_bytes, _mb, "needs")]
+    limits.append(_Limit("--max-loss", constraints.max_loss, _loss, _share, "loses"))
+    if constraints.max_tpot_ms is not None:
+        limits.append(_Limit("--tpot", constraints.max_tpot_ms, lambda _, f: f.tpot_ms, _ms, "takes"))
+    elif objective == "cost":
+        most_ms = COST_SLOWDOWN * predictor.predict(Candidate("cloud"), link).tpot_ms
+        limits.append(_Limit(f"objective cost ({COST_SLOWDOWN} streams)", most_ms, lambda _, f: f.tpot_ms, _ms, "takes"))
     if constraints.keep_prompt or objective == "privacy":
-        limits.append(
-            _Limit(
-                "--keep-prompt-on-device", 0.0, lambda c, _: float(c.sends_prompt_ids), lambda v: "ids" if v else "none",
-                "sends the prompt's",
-            )  # fmt: skip
-        )
+        limits.append(_Limit(KEEP_PROMPT, 0.0, lambda c, _: float(c.sends_prompt_ids), _ids, "sends the prompt's"))
     return limits
+
+
+def _mb(value: float) -> str:
+    return f"{ceil(value / 1e6 - EVEN)}MB"
 
 
 def _share(value: float) -> str:
@@ -185,36 +172,38 @@ def _ms(value: float) -> str:
     return f"{ceil(value * 10 - EVEN) / 10:g}ms"
 
 
-def _unchecked_loss(candidate: Candidate, figures: Figures) -> float:
-    return (1.0 if figures.loss is None else figures.loss) if candidate.mode == "edge" else 0.0
+def _ids(value: float) -> str:
+    return "ids" if value else "none"
+
+
+def _loss(_: Candidate, figures: Figures) -> float:
+    return 1.0 if figures.loss is None else figures.loss
 
 
 def _nearest(found: Sequence[Judged], limits: Sequence[_Limit]) -> str:
     """For each constraint, the value with which a plan exists while the others hold; else the plan that misses by least."""
     offers = []
     for limit in limits:
-        if limit.option == "--keep-prompt-on-device":
+        if limit.option == KEEP_PROMPT:
             continue
         others = [other for other in limits if other is not limit]
         needs = [
-            (need, judged)
+            (limit.need(judged.candidate, judged.figures), judged)
             for judged in found
-            if (need := limit.need(judged.candidate, judged.figures)) is not None
-            and all(other.met(judged.candidate, judged.figures) for other in others)
+            if all(other.met(judged.candidate, judged.figures) for other in others)
         ]
         if needs:
             need, judged = min(needs, key=lambda one: one[0])
-            option = {"no --max-loss": "--max-loss"}.get(limit.option, limit.option)
+            option = OFFERED_AS.get(limit.option) or ("--tpot" if limit.option.startswith("objective") else limit.option)
             offers.append(f"{option} {limit.show(need)} ({judged.candidate})")
     asked = ", ".join(f"{limit.option} {limit.show(limit.allowed)}" if limit.allowed else limit.option for limit in limits)
     if offers:
         return f"no plan keeps to {asked}; one does with {', or with '.join(offers)}"
     nearest = min(found, key=lambda judged: sum(_excess(limit, judged) for limit in limits))
-    return f"no plan keeps to {asked}, nor with any one of them given up; nearest is {nearest.candidate}: {'; '.join(nearest.violated)}"
+    misses = "; ".join(nearest.violated)
+    return f"no plan keeps to {asked}, nor with any one of them given up; nearest is {nearest.candidate}: {misses}"
 
 
 def _excess(limit: _Limit, judged: Judged) -> float:
     need = limit.need(judged.candidate, judged.figures)
-    if need is None:
-        return 1.0
     return max(0.0, need - limit.allowed) / limit.allowed if limit.allowed else need

@@ -112,7 +112,7 @@ def split_rounds(
 
 
 def drafted_per_token(survival: Sequence[float], num_draft_tokens: int, draft_ms: float, ms_per_token: float) -> float:
-    """Tokens that the device drafts for a final one when it goes on drafting while verdicts travel: as many as there is time for."""
+    """Tokens that the device drafts for a final one, as it goes on while verdicts travel: as many as there is time for."""
     most = (num_draft_tokens + 1) * MAX_IN_FLIGHT / tokens_per_round(survival[:num_draft_tokens])
     return min(most, ms_per_token / draft_ms) if draft_ms > 0 else most
 
