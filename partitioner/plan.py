@@ -13,6 +13,7 @@ from edgecloud.partitioner.prediction import Predictor, Scene
 from edgecloud.partitioner.regions import FEW_MBPS, FEW_RTT_MS, Place, best_by_cut, over_links
 from edgecloud.partitioner.search import VALUE_NAMES, Constraints, Judged, PlanObjective, Search, search_over
 
+CAPTION = "ms, bytes up and joules a token; MB of the device; loss: share of tokens unlike the full target's"
 NUM_SHOWN = 6  # candidates that may be, beside the best of each mode
 
 
@@ -57,12 +58,12 @@ class Plan:
         rate = "" if link.up_mbps is None else f", {link.up_mbps:g} Mbit/s up"
         count = len(self.search.judged)
         title = f"plan for {self.search.objective} over {link.name} ({link.rtt_ms:g} ms{rate}), {count} candidates"
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
+        table = Table(title=title, title_justify="left", caption=CAPTION, caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
         table.add_column("plan", no_wrap=True)
         table.add_column("front/wire", no_wrap=True)
-        for heading in ("TTFT ms", "TPOT ms", "cloud ms/token", "B up/token", "RAM MB", "J/token", "loss"):
+        for heading in ("TTFT", "TPOT", "cloud", "B up", "MB", "J", "loss"):
             table.add_column(heading, justify="right")
-        table.add_column("why not")
+        table.add_column("against the plan", no_wrap=True)
         for judged in shown(self.search):
             found, candidate = judged.figures, judged.candidate
             joules = f"{found.device_joules_per_token:.3f}" if self.predictor.scene.device.energy.known else "-"
@@ -70,9 +71,13 @@ class Plan:
             table.add_row(
                 candidate.short, bits, f"{found.ttft_ms:.0f}", f"{found.tpot_ms:.1f}", f"{found.cloud_ms_per_token:.2f}",
                 f"{found.up_bytes_per_token:.0f}", f"{found.device_ram_bytes / 1e6:.0f}", joules,
-                "?" if found.loss is None else f"{found.loss:.2f}", self.search.why_not(judged) or "the plan",
+                "?" if found.loss is None else f"{found.loss:.2f}", self._against(judged),
             )  # fmt: skip
         return table
+
+    def refusals(self) -> list[str]:
+        """Why those of the table that may not be may not."""
+        return [f"{judged.candidate}: {self.search.why_not(judged)}" for judged in shown(self.search) if judged.violated]
 
     def conclusions(self) -> list[str]:
         """In words: the plan, and whether a cut is worth it here."""
@@ -81,9 +86,14 @@ class Plan:
         split = search.best_of("split")
         other = min((judged for judged in search.judged if judged.candidate.mode != "split" and judged.feasible),
                     key=lambda judged: judged.value, default=None)  # fmt: skip
-        if split is None or not split.feasible:
-            return [*lines, "No cut keeps to the constraints."]
+        if split is None:
+            return [*lines, "The model has no two layers to cut between."]
         price = f"TPOT {split.figures.tpot_ms:.1f} ms, cloud {split.figures.cloud_ms_per_token:.2f} ms a token"
+        if not split.feasible:
+            return [
+                *lines,
+                f"No cut keeps to the constraints; nearest is {split.candidate} ({price}): {'; '.join(split.violated)}.",
+            ]
         if other is None:
             lines.append(f"Only a cut keeps to the constraints: {split.candidate}, {price}.")
         else:
@@ -97,6 +107,13 @@ class Plan:
                 "this is data minimisation, not encryption."
             )
         return lines
+
+    def _against(self, judged: Judged) -> str:
+        if judged == self.best:
+            return "the plan"
+        if judged.violated:
+            return "not allowed"
+        return f"{judged.value / self.best.value:.2f}x" if self.best.value > 0 else self.search.why_not(judged)
 
     def _entry(self, judged: Judged) -> dict[str, Any]:
         return {

@@ -78,7 +78,7 @@ class Search:
         best, what = self.best.value, VALUE_NAMES[self.objective]
         if best <= 0:
             return f"{what} {judged.value:.3g} against {best:.3g}"
-        return f"{judged.value / best:.2f} times the {what}"
+        return f"{judged.value / best:.2f}x the {what}"
 
 
 VALUES: dict[PlanObjective, Callable[[Figures], float]] = {

@@ -120,6 +120,8 @@ def partition(  # typer fills them by name
 def _show(plan: Plan) -> None:
     output = table_console()
     output.print(plan.to_table())
+    for line in plan.refusals():
+        output.print(line, style="dim", highlight=False)
     for line in plan.conclusions():
         output.print(line, highlight=False)
     for line in plan.assumptions:
