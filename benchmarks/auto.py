@@ -140,6 +140,18 @@ def planned(client: Client, plan: Plan, prompt: str, max_new_tokens: int) -> flo
     return (times[-1] - times[0]) * 1e3 / (len(times) - 1)
 
 
+def first_visible(device: Device, address: str, prompts: Sequence[str]) -> list[float]:
+    """Time to the first visible token, `auto` over `edge`, by prompt; the device has read something else before each."""
+    ratios = []
+    for number, prompt in enumerate(prompts):
+        visible_ms = {}
+        for mode in ("edge", "auto") if number % 2 else ("auto", "edge"):
+            device.ask(address, "edge", "Something else, so that nothing is read yet.")
+            visible_ms[mode] = device.ask(address, mode, prompt).metrics.first_visible_ms
+        ratios.append(round(visible_ms["auto"] / visible_ms["edge"], 3))
+    return ratios
+
+
 def silence(device: Device, cloud: str, cpu: int) -> tuple[float, float]:
     """The longest time between visible tokens after the link fell silent in mid-answer, and a step of the device; ms."""
     outage = ["--rtt", "20ms", "--outage", f"60s@{OUTAGE_S:g}s"]
@@ -213,16 +225,9 @@ def main() -> None:
             ("auto (cost): passes per token", raw["cost"]["auto:cost"]["target_passes_per_token"], "<=", 0.45),
             ("auto (cost) / cloud stream TPOT", ratio(replies["auto:cost"], replies["cloud"], "tpot_ms"), "<=", 1.5),
         ]
-        visible = []
-        for name in links:
-            for prompt in prompts[:2]:
-                edge = device.ask(ways[name], "edge", "Something else, so that nothing is read yet.")
-                edge = device.ask(ways[name], "edge", prompt)
-                device.ask(ways[name], "edge", "Something else, so that nothing is read yet.")
-                auto = device.ask(ways[name], "auto", prompt)
-                visible.append(auto.metrics.first_visible_ms / edge.metrics.first_visible_ms)
-        raw["first visible, auto / edge"] = [round(v, 3) for v in visible]
-        figures.append(("first visible token, auto / edge, worst link", max(visible), "<=", 1.15))
+        raw["first visible, auto / edge"] = visible = {name: first_visible(device, ways[name], prompts) for name in links}
+        worst = max(statistics.median(ratios) for ratios in visible.values())
+        figures.append(("first visible token, auto / edge, worst link", worst, "<=", 1.15))
         with streams(bundle, cloud, NUM_STREAMS):
             replies = compare(device, ways["20ms"], ["cloud", "auto"], prompts)
         raw["loaded, 20ms"] = {arm: row(of) for arm, of in replies.items()}

@@ -72,21 +72,36 @@ class KVPool:
                     pool[:, target : target + count] = pool[:, source : source + count]
 
     @property
+    def is_finite(self) -> bool:
+        """Whether every key and value is."""
+        return all(bool(t.isfinite().all()) for pair in self._layers.values() for t in pair)
+
+    @property
     def bytes_per_slot(self) -> int:
         """Bytes that one token takes, over all layers that have written."""
         return sum(t.element_size() * t.shape[0] * t.shape[2] for pair in self._layers.values() for t in pair)
+
+
+class Entry(NamedTuple):
+    """Rows that come into a pass at a layer: somebody else has taken them through those before it."""
+
+    layer: int
+    row: int  # the first of them; they are all that follow, up to those of the next entry
+    segment: int  # theirs alike
+    hidden: list[Tensor]  # [rows, width] each: what the layer takes
 
 
 @dataclass(frozen=True, slots=True)
 class PagedBatch:
     """One pass: the packed tokens of several sessions and where their keys and values live."""
 
-    input_ids: Tensor  # [1, rows]
+    input_ids: Tensor  # [1, rows]; of rows that enter later any
     position_ids: Tensor  # [1, rows]
     slots: Tensor  # [rows] int64: where each row's key and value go
     segments: Segments
     logits_rows: Tensor  # [choices] int64: rows whose logits are wanted
     pool: KVPool
+    entries: tuple[Entry, ...] = ()  # by layer; the rows before the first one's enter at layer 0
 
 
 class Rows(NamedTuple):
@@ -96,17 +111,27 @@ class Rows(NamedTuple):
     start: int
     ids: Sequence[int]
     num_choices: int
+    layer: int = 0  # where they enter
+    hidden: Tensor | None = None  # in the place of what the ids say, where that is not layer 0
 
 
 def pack(parts: Sequence[Rows], pool: KVPool, device: torch.device, *, bitwise: bool = True) -> PagedBatch:
-    """One packed batch, without padding. `bitwise`: the bits of a row shall depend on nothing but the row and its context."""
+    """One packed batch, without padding, of parts in the order of their layers.
+
+    `bitwise`: the bits of a row shall depend on nothing but the row and its context.
+    """
     input_ids: list[int] = []
     position_ids: list[int] = []
     slots: list[int] = []
     segments: list[Segment] = []
     logits_rows: list[int] = []
-    for table, start, ids, num_choices in parts:
+    entries: list[Entry] = []
+    for table, start, ids, num_choices, layer, hidden in parts:
         first, stop = len(input_ids), start + len(ids)
+        if hidden is not None:
+            if not entries or entries[-1].layer != layer:
+                entries.append(Entry(layer, first, len(segments), []))
+            entries[-1].hidden.append(hidden)
         input_ids += ids
         position_ids += range(start, stop)
         slots += table.slots(start, stop)
@@ -119,6 +144,7 @@ def pack(parts: Sequence[Rows], pool: KVPool, device: torch.device, *, bitwise: 
         segments=Segments(segments, bitwise=bitwise),
         logits_rows=tensor_ids(logits_rows, device),
         pool=pool,
+        entries=tuple(entries),
     )
 
 

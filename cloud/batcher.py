@@ -10,7 +10,7 @@ from edgecloud.cloud.attention import Rows
 from edgecloud.cloud.pages import OutOfPagesError
 from edgecloud.cloud.pass_cost import PassCostFit
 from edgecloud.cloud.prompt_room import PromptRoom
-from edgecloud.cloud.sessions import OverQuotaError, Session, SessionStore
+from edgecloud.cloud.sessions import Kind, OverQuotaError, Session, SessionStore
 from edgecloud.cloud.work import Answer, Extend
 
 SHORT_ROWS = 48  # a request of at most this many rows goes before longer ones
@@ -67,10 +67,16 @@ class Share:
         return max(0, self.stop - self.choices_from)
 
     @property
+    def kind(self) -> Kind:
+        """What its tokens are told by."""
+        return self.job.open_session.kind
+
+    @property
     def rows(self) -> Rows:
-        """What the pass computes."""
+        """What the pass computes; what rows that enter later hold is still to be decoded."""
         session = self.job.open_session
-        return Rows(session.table, self.start, session.tokens[self.start : self.stop], self.num_choices)
+        ids = [0] * self.num_rows if self.kind.cut else session.tokens[self.start : self.stop]
+        return Rows(session.table, self.start, ids, self.num_choices, self.kind.cut)
 
 
 @dataclass(frozen=True, slots=True)

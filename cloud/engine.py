@@ -6,20 +6,24 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import groupby
 
-from edgecloud.cloud.attention import KVPool, pack
+from edgecloud.cloud.attention import KVPool, Rows, pack
 from edgecloud.cloud.batcher import Batcher, Job, Share
+from edgecloud.cloud.boundary import check_rows, decoded
 from edgecloud.cloud.model import TargetModel
 from edgecloud.cloud.pages import PagePool
 from edgecloud.cloud.pass_cost import PassCostFit
-from edgecloud.cloud.sessions import SessionStore
-from edgecloud.cloud.work import Answer, EngineLoad, Extend, Extended, Failed, Overloaded, Refused
+from edgecloud.cloud.sessions import IDS, Kind, SessionStore
+from edgecloud.cloud.work import Answer, Boundary, EngineLoad, Extend, Extended, Failed, Invalid, Overloaded, Refused
 from edgecloud.errors import ConfigError
 from edgecloud.kernels.backend import backend_for
 from edgecloud.kernels.choice_torch import ChoiceRow
+from edgecloud.rpc.codec import row_keys
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +32,7 @@ RETRY_AFTER_MS = 500
 # two pays more than one short prefill.
 FEWEST_SHARED = 128
 IDLE_CHECK_S = 1.0
+ROWS_SHARE = 8  # rows of boundary tensors may take a byte beside so many of the cache: a row is smaller than its keys and values
 CANCELLED_GRACE_S = 10.0  # a client that went away may come back this long before its session is dropped
 
 
@@ -59,13 +64,14 @@ class Engine:
         self._kv = KVPool(num_pages * page_size)
         tile = backend_for(model.device.type).tile
         self._pool = PagePool(num_pages, page_size, self._kv.copy, max(1, tile // page_size))
-        self._sessions = SessionStore(self._pool, max_sessions, idle_s)
+        self.max_context_tokens = min(model.max_context_tokens, num_pages * page_size)
+        max_row_bytes = max(cache_bytes // ROWS_SHARE, self.max_context_tokens * 4 * model.width)  # one session's at least
+        self._sessions = SessionStore(self._pool, max_sessions, idle_s, max_row_bytes)
         self._fit = PassCostFit()
         self._batcher = Batcher(self._sessions, max_rows, self._fit, fewest_shared)
         self._jobs: list[Job] = []  # admitted: one a session
         self._deferred: dict[bytes, deque[Job]] = {}  # a session does one thing at a time, the rest waits here
         self._next_idle_check_s = 0.0
-        self.max_context_tokens = min(model.max_context_tokens, num_pages * page_size)
 
     def submit(self, number: int, request: Extend, answer: Callable[[Answer], None]) -> None:
         """Take a request in. `answer` is called at once or in a later `step`: once for a verify, once a token for a decode."""
@@ -94,6 +100,11 @@ class Engine:
         return bool(self._jobs)
 
     @property
+    def idle_ms(self) -> float:
+        """How long there is nothing to do unless a request comes."""
+        return 0.0 if self._jobs else math.inf
+
+    @property
     def load(self) -> EngineLoad:
         """As it is between two passes."""
         untouched = sum(job.num_emitted == 0 and job.target_passes == 0 for job in self._jobs)
@@ -111,14 +122,14 @@ class Engine:
             self._finish(job)
         plan = self._batcher.plan(self._jobs, now)
         refused = self._refuse_over_quota(plan.over_quota)
-        shares = [share for share in plan.shares if share.job not in refused]
+        shares = sorted((share for share in plan.shares if share.job not in refused), key=lambda share: share.kind)
         if plan.starved and not plan.shares and not refused:  # nobody can go on: the youngest makes room
             self._finish(plan.starved[-1], Overloaded("the key-value cache is full", RETRY_AFTER_MS))
         if not shares:
             return
         started = time.perf_counter()
         try:
-            batch = pack([share.rows for share in shares], self._kv, self._model.device, bitwise=self._model.exact == "bitwise")
+            batch = pack(self._parts(shares), self._kv, self._model.device, bitwise=self._model.exact == "bitwise")
             logits = self._model.forward(batch)
             rows = [row for share in shares for row in _choice_rows(share)]
             choices = backend_for(logits.device.type).choose(logits, rows)
@@ -129,7 +140,8 @@ class Engine:
                 self._finish(share.job, Failed(f"{type(error).__name__}: {error}"))
             return
         compute_ms = (time.perf_counter() - started) * 1e3
-        self._batcher.observe(shares, compute_ms)
+        num_layers = self._model.num_layers
+        self._batcher.observe(shares, compute_ms * num_layers / (num_layers - shares[0].kind.cut))  # as if it had been whole
         at = 0
         for share in shares:
             share.job.choices += choices[at : at + share.num_choices]
@@ -148,11 +160,20 @@ class Engine:
         if known is not None and known.busy:
             self._deferred.setdefault(request.session_id, deque()).append(job)
             return
-        if request.context_start and known is None:
-            job.answer(Refused(0))
-            return
-        if known is not None and not known.vouches_for(request.context_start, request.context_hash):
-            job.answer(Refused(len(known.tokens) if request.context_start > len(known.tokens) else 0))
+        boundary = request.boundary
+        kind = IDS if boundary is None else Kind(boundary.cut, boundary.codec, boundary.row_bytes)
+        if request.context_start:
+            if known is None or known.kind != kind:
+                job.answer(Refused(0))
+                return
+            if not known.vouches_for(request.context_start, request.context_hash):
+                job.answer(Refused(len(known.tokens) if request.context_start > len(known.tokens) else 0))
+                return
+            if request.assumed_id is not None and not known.has_chosen(request.assumed_id, request.context_start):
+                job.answer(Refused(len(known.tokens)))
+                return
+        if boundary is not None and (answer := self._unfit(request, boundary)) is not None:
+            job.answer(answer)
             return
         session = self._sessions.open(request.session_id, time.monotonic(), request.tenant)
         if session is None:
@@ -160,10 +181,40 @@ class Engine:
             return
         session.busy = True
         job.session = session
-        job.context_length = request.context_start + len(request.context_ids)
-        session.replace_from(request.context_start, request.context_ids + request.draft_ids)
+        job.context_length = request.context_start + request.num_new_context
+        if session.kind != kind:
+            session.begin_anew(kind)
+        if boundary is None:
+            session.replace_from(request.context_start, request.context_ids + request.draft_ids)
+        else:
+            keys = row_keys(boundary.rows, boundary.row_bytes, boundary.cut, boundary.codec)
+            session.replace_from(request.context_start, keys, boundary.rows)
         session.table.crop_to(job.context_length - 1)  # the logits of the context's last token are needed
         self._jobs.append(job)
+
+    def _unfit(self, request: Extend, boundary: Boundary) -> Answer | None:
+        """The answer to rows that cannot be computed on, or that there is no room to keep; None: they can be taken in."""
+        try:
+            check_rows(boundary, self._model.width, self._model.dtype)
+        except ConfigError as error:
+            return Invalid(str(error))
+        num_bytes = request.context_start * boundary.row_bytes + len(boundary.rows)
+        if not self._sessions.make_room_for_rows(request.session_id, num_bytes):
+            return Overloaded("the rows of busy sessions take all the room that there is for them", RETRY_AFTER_MS)
+        return None
+
+    def _parts(self, shares: Sequence[Share]) -> list[Rows]:
+        """What a pass computes, with encoded rows decoded."""
+        parts: list[Rows] = []
+        for kind, alike in groupby(shares, key=lambda share: share.kind):
+            group = list(alike)
+            rows = [share.rows for share in group]
+            if kind.cut:
+                encoded = [share.job.open_session.rows_between(share.start, share.stop) for share in group]
+                each = decoded(encoded, kind.codec, self._model.width, self._model.dtype, self._model.device)
+                rows = [part._replace(hidden=hidden) for part, hidden in zip(rows, each, strict=True)]
+            parts += rows
+        return parts
 
     def _refuse_over_quota(self, over_quota: list[Job]) -> list[Job]:
         """Of each tenant that could not go on, the request that came last makes room for the others."""
@@ -202,8 +253,11 @@ class Engine:
             num_accepted += 1
         token = job.choices[num_accepted]
         cached = job.context_length + num_accepted
-        session.tokens[cached:] = [token]
-        session.table.crop_to(cached)
+        session.crop_to(cached)
+        if session.kind.cut:  # the next token's row is for the device to compute
+            session.chosen = token
+        else:
+            session.tokens.append(token)
         job.num_emitted += 1
         request = job.request
         full = len(session.tokens) > self.max_context_tokens  # the last token needs no place: no pass follows it
@@ -223,6 +277,8 @@ class Engine:
 
 
 def _choice_rows(share: Share) -> list[ChoiceRow]:
-    tokens = share.job.open_session.tokens
-    first = share.stop - share.num_choices
-    return [ChoiceRow(tokens[: position + 1], share.job.request.sampling) for position in range(first, share.stop)]
+    tokens, sampling = share.job.open_session.tokens, share.job.request.sampling
+    positions = range(share.stop - share.num_choices, share.stop)
+    if share.kind.cut:
+        return [ChoiceRow((), sampling, num_unknown=position + 1) for position in positions]
+    return [ChoiceRow(tokens[: position + 1], sampling) for position in positions]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncGenerator
-from typing import Protocol
+from contextlib import aclosing
+from typing import Any, Protocol
 
+from edgecloud.cloud.graph_work import GraphAnswer, RunCut
 from edgecloud.cloud.messages import Answers, Cancel, Release, Submit, ToEngine, decode_from_engine, encode
 from edgecloud.cloud.pair_socket import PairSocket
 from edgecloud.cloud.work import Answer, EngineLoad, Extend, Extended, Gone
@@ -28,6 +30,19 @@ class AsyncEngine(Protocol):
         ...
 
 
+class AsyncGraphEngine(Protocol):
+    """What the graph service needs of an engine."""
+
+    async def infer(self, request: RunCut) -> GraphAnswer:
+        """The answer; to be cancelled is to cancel the request."""
+        ...
+
+    @property
+    def load(self) -> EngineLoad:
+        """How busy it is."""
+        ...
+
+
 class EngineClient:
     """An engine at the other end of a socket."""
 
@@ -35,12 +50,21 @@ class EngineClient:
         self._socket = socket
         self._load = load
         self._numbers = itertools.count()
-        self._waiting: dict[int, asyncio.Queue[Answer]] = {}
+        self._waiting: dict[int, asyncio.Queue[Any]] = {}  # of the engine's kind of answers
         self._gone: str | None = None
         self.has_answered = False
 
-    async def extend(self, request: Extend) -> AsyncGenerator[Answer, None]:
+    def extend(self, request: Extend) -> AsyncGenerator[Answer, None]:
         """Send the request and pass its answers on as they come."""
+        return self._ask(request)
+
+    async def infer(self, request: RunCut) -> GraphAnswer:
+        """Send the request and wait for its answer."""
+        async with aclosing(self._ask(request)) as answers:
+            answer: GraphAnswer = await anext(answers)
+            return answer
+
+    async def _ask(self, request: Extend | RunCut) -> AsyncGenerator[Any, None]:
         if self._gone is not None:
             yield Gone(self._gone)
             return

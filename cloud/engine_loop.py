@@ -2,32 +2,65 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import zmq
 
-from edgecloud.cloud.engine import Engine
+from edgecloud.cloud.graph_work import GraphAnswer
 from edgecloud.cloud.messages import Answers, Cancel, Release, Start, Stop, Submit, ToEngine, decode_to_engine, encode
 from edgecloud.cloud.work import Answer, EngineLoad
 
 IDLE_CHECK_MS = 1000
 
 
+class SteppedEngine(Protocol):
+    """What the loop needs of an engine: engine.Engine or graph_engine.GraphEngine."""
+
+    def submit(self, number: int, request: Any, deliver: Callable[[Any], None], /) -> object:
+        """Take a request in, of the kind that this engine is for."""
+        ...
+
+    def cancel(self, number: int) -> None:
+        """Nobody waits for it any more."""
+        ...
+
+    def release(self, session_id: bytes) -> None:
+        """Forget a session."""
+        ...
+
+    def step(self) -> object:
+        """Do what there is to do next."""
+        ...
+
+    @property
+    def idle_ms(self) -> float:
+        """How long there is nothing to do unless something comes; 0.0: there is now."""
+        ...
+
+    @property
+    def load(self) -> EngineLoad:
+        """How busy it is."""
+        ...
+
+
 class EngineLoop:
     """Runs an engine on the calling thread until `Stop`, or until `parent` is no longer the process that started this one."""
 
-    def __init__(self, engine: Engine, socket: zmq.Socket[bytes], parent: int) -> None:
+    def __init__(self, engine: SteppedEngine, socket: zmq.Socket[bytes], parent: int) -> None:
         self._engine = engine
         self._socket = socket
         self._parent = parent
-        self._answers: list[tuple[int, Answer]] = []
+        self._answers: list[tuple[int, Answer | GraphAnswer]] = []
         self._sent_load: EngineLoad | None = None
 
     def run(self) -> None:
         """Serve. A bug of the engine ends it with that exception: whoever watches the process starts another."""
         while os.getppid() == self._parent:
-            if not self._engine.has_work:
-                self._socket.poll(IDLE_CHECK_MS)
+            if idle_ms := self._engine.idle_ms:
+                self._socket.poll(math.ceil(min(idle_ms, IDLE_CHECK_MS)))
             while (message := self._receive()) is not None:
                 if isinstance(message, Stop):
                     return

@@ -12,7 +12,17 @@ from collections.abc import Callable
 
 import zmq
 
-from edgecloud.cloud.messages import MESSAGES_VERSION, Ready, Start, StartFailed, decode_to_engine, encode
+from edgecloud.cloud.messages import (
+    MESSAGES_VERSION,
+    EngineConfig,
+    GraphConfig,
+    GraphReady,
+    Ready,
+    Start,
+    StartFailed,
+    decode_to_engine,
+    encode,
+)
 from edgecloud.errors import EdgecloudError, ServerError
 
 
@@ -29,7 +39,10 @@ def main() -> None:
     try:
         if start.version != MESSAGES_VERSION:
             raise ServerError(f"the front end speaks version {start.version}, this engine {MESSAGES_VERSION}; install again")
-        loop = _load(start, socket)
+        if isinstance(start.config, GraphConfig):
+            loop = _load_graphs(start.config, start.parent, socket)
+        else:
+            loop = _load(start.config, start.parent, socket)
     except EdgecloudError as error:
         socket.send(encode(StartFailed(type(error).__name__, str(error))))
     else:
@@ -37,7 +50,7 @@ def main() -> None:
     context.destroy(linger=1000)
 
 
-def _load(start: Start, socket: zmq.Socket[bytes]) -> Callable[[], None]:
+def _load(config: EngineConfig, parent: int, socket: zmq.Socket[bytes]) -> Callable[[], None]:
     """Load the model and say so.  -> what serves it"""
     import torch
 
@@ -45,7 +58,6 @@ def _load(start: Start, socket: zmq.Socket[bytes]) -> Callable[[], None]:
     from edgecloud.cloud.engine_loop import EngineLoop
     from edgecloud.cloud.model import TargetModel
 
-    config = start.config
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     target = TargetModel(config.folder, config.dtype, config.device, config.exact)
@@ -58,9 +70,26 @@ def _load(start: Start, socket: zmq.Socket[bytes]) -> Callable[[], None]:
         idle_s=config.idle_s,
     )
     dtype = str(target.dtype).removeprefix("torch.")
-    loop = EngineLoop(engine, socket, start.parent)
+    loop = EngineLoop(engine, socket, parent)
     gc.freeze()  # what torch and transformers left is here to stay: a collection that walks it stops everybody for 100 ms
-    socket.send(encode(Ready(MESSAGES_VERSION, target.vocab_size, engine.max_context_tokens, dtype, target.exact, engine.load)))
+    what = (target.vocab_size, engine.max_context_tokens, dtype, target.exact, target.width, target.tail_cuts)
+    socket.send(encode(Ready(MESSAGES_VERSION, *what, engine.load)))
+    return loop.run
+
+
+def _load_graphs(config: GraphConfig, parent: int, socket: zmq.Socket[bytes]) -> Callable[[], None]:
+    """The same with graphs; no torch comes in.  -> what serves them"""
+    from edgecloud.cloud.engine_loop import EngineLoop
+    from edgecloud.cloud.graph_engine import GraphEngine
+    from edgecloud.cloud.graph_runner import GraphRunner
+    from edgecloud.graph_bundle import GraphBundle
+
+    runner = GraphRunner(GraphBundle.open(config.folder), config.device, config.num_threads)
+    batches = {cut.name: cut.batches for cut in runner.specs.values()}
+    engine = GraphEngine(runner.run, batches, config.max_rows, config.window_ms / 1e3)
+    loop = EngineLoop(engine, socket, parent)
+    gc.freeze()
+    socket.send(encode(GraphReady(MESSAGES_VERSION, tuple(runner.specs.values()), engine.load)))
     return loop.run
 
 

@@ -1,6 +1,6 @@
 """What the front end and the engine's process say to each other: msgpack over one ZeroMQ pair socket.
 
-- `Start` goes to the engine once and first; it answers `Ready` or `StartFailed`.
+- `Start` goes to the engine once and first; it answers `Ready`, `GraphReady` or `StartFailed`.
 - `Submit`, `Cancel`, `Release` and `Stop` go to the engine at any time.
 - `Answers` come back after a pass, and whenever something was answered without one.
 """
@@ -11,12 +11,13 @@ from pathlib import Path
 
 import msgspec
 
+from edgecloud.cloud.graph_work import CutSpec, GraphAnswer, RunCut
 from edgecloud.cloud.work import Answer, EngineLoad, Extend
 
-MESSAGES_VERSION = 2  # both sides come from one installation; a stale process of another one is found by this
+MESSAGES_VERSION = 4  # both sides come from one installation; a stale process of another one is found by this
 
 
-class EngineConfig(msgspec.Struct, frozen=True):
+class EngineConfig(msgspec.Struct, frozen=True, tag=True):
     """What an engine's process loads, and the room it gets."""
 
     folder: Path
@@ -31,19 +32,29 @@ class EngineConfig(msgspec.Struct, frozen=True):
     idle_s: float = 300.0
 
 
+class GraphConfig(msgspec.Struct, frozen=True, tag=True):
+    """The same for a graph bundle."""
+
+    folder: Path
+    device: str = "cpu"
+    num_threads: int = 0
+    max_rows: int = 8  # of a run that requests share
+    window_ms: float = 2.0  # that a request waits for company
+
+
 class Start(msgspec.Struct, frozen=True, tag=True):
-    """Load the model."""
+    """Load the model, or the graphs."""
 
     version: int
     parent: int  # process id of the front end; the engine ends when it is gone
-    config: EngineConfig
+    config: EngineConfig | GraphConfig
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
     """A request. Its number is the front end's, and comes back with every answer."""
 
     number: int
-    request: Extend
+    request: Extend | RunCut
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
@@ -70,6 +81,16 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     max_context_tokens: int
     dtype: str
     exact: str  # bitwise or tolerance, as model.TargetModel says
+    width: int  # of the residual stream
+    tail_cuts: tuple[int, ...]  # layers that rows may enter at
+    load: EngineLoad
+
+
+class GraphReady(msgspec.Struct, frozen=True, tag=True):
+    """The graphs are loaded."""
+
+    version: int
+    cuts: tuple[CutSpec, ...]
     load: EngineLoad
 
 
@@ -83,12 +104,12 @@ class StartFailed(msgspec.Struct, frozen=True, tag=True):
 class Answers(msgspec.Struct, frozen=True, tag=True):
     """What was answered since the last message, in order, and how busy the engine is now."""
 
-    answers: list[tuple[int, Answer]]
+    answers: list[tuple[int, Answer | GraphAnswer]]
     load: EngineLoad
 
 
 ToEngine = Start | Submit | Cancel | Release | Stop
-FromEngine = Ready | StartFailed | Answers
+FromEngine = Ready | GraphReady | StartFailed | Answers
 
 encode = msgspec.msgpack.Encoder(enc_hook=str).encode  # paths travel as text
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine, dec_hook=lambda kind, value: kind(value)).decode

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
-from edgecloud.cloud.work import EngineLoad, Extended
+from edgecloud.cloud.graph_work import Inferred
+from edgecloud.cloud.work import EngineLoad, Extend, Extended
 from edgecloud.errors import ServerError
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -24,12 +25,15 @@ class Metrics:
         self._requests = self._counter("requests", "Requests that have ended.", ["method", "code", *whose])
         self._prompt_tokens = self._counter("prompt_tokens", "Context tokens that came with requests.", whose)
         self._generation_tokens = self._counter("generation_tokens", "Tokens that the target chose and clients got.", whose)
+        self._boundary_bytes = self._counter("boundary_bytes", "Encoded rows that came with Tail requests.", whose)
         self._drafts = self._counter("spec_decode_num_drafts", "Drafts verified.")
         self._draft_tokens = self._counter("spec_decode_num_draft_tokens", "Tokens in them.")
         self._accepted = self._counter("spec_decode_num_accepted_tokens", "Draft tokens accepted.")
         self._accepted_at = self._counter(
             "spec_decode_num_accepted_tokens_per_pos", "Draft tokens accepted, by position in the draft.", ["position"]
         )
+        self._graph_rows = self._counter("graph_rows", "Rows of inputs that cut graphs were run on.", whose)
+        self._graph_runs = self._counter("graph_runs", "Runs that took; one shared by n requests counts 1/n for each.")
         self._queue = self._histogram("request_queue_time_seconds", "From a request, or a stream's last token, to its pass.")
         self._compute = self._histogram("request_pass_time_seconds", "Passes that a verdict or a stream's token took.")
 
@@ -52,9 +56,11 @@ class Metrics:
         """A request has been answered, with a status."""
         self._requests.labels(method, code, *self._whose(tenant)).inc()
 
-    def accepted(self, num_context_tokens: int, tenant: str) -> None:
+    def accepted(self, request: Extend, tenant: str) -> None:
         """A request has been handed to the engine."""
-        _of(self._prompt_tokens, self._whose(tenant)).inc(num_context_tokens)
+        _of(self._prompt_tokens, self._whose(tenant)).inc(request.num_new_context)
+        if request.boundary is not None:
+            _of(self._boundary_bytes, self._whose(tenant)).inc(len(request.boundary.rows))
 
     def extended(self, answer: Extended, num_draft_tokens: int, tenant: str) -> None:
         """The engine has answered: a verdict, or a token of a stream."""
@@ -67,6 +73,13 @@ class Metrics:
             self._accepted.inc(answer.num_accepted)
             for position in range(answer.num_accepted):
                 self._accepted_at.labels(position).inc()
+
+    def inferred(self, answer: Inferred, queue_ms: float, num_rows: int, tenant: str) -> None:
+        """The graph engine has answered."""
+        self._queue.observe(queue_ms / 1e3)
+        self._compute.observe(answer.compute_ms / 1e3)
+        _of(self._graph_rows, self._whose(tenant)).inc(num_rows)
+        self._graph_runs.inc(1 / answer.num_batched)
 
     @contextmanager
     def listening(

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own habit
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from edgecloud.cloud.attention import PAGED_ATTENTION, PagedBatch, register, tensor_ids
+from edgecloud.cloud.boundary import LARGEST
 from edgecloud.cloud.layers import fuse
 from edgecloud.cloud.projections import pack, padded_rows
+from edgecloud.cloud.stages import Stages
+from edgecloud.cloud.tail_trial import why_not_entered
 from edgecloud.cloud.trial import Trial
 from edgecloud.cloud.weights import check_safetensors
 from edgecloud.errors import ConfigError, ModelError
 from edgecloud.fingerprint import read_json
 from edgecloud.kernels.backend import backend_for
+
+logger = logging.getLogger(__name__)
 
 EXACT = ("auto", "bitwise", "tolerance")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -33,7 +40,8 @@ class TargetModel:
 
     `exact` is "bitwise" when the logits after a token are the same bits whatever shares its pass, whatever the chunks and the
     pages; "tolerance" when they are so but for rounding. "auto" asks for bits, except in float32, where
-    single rows would cost 15 % more.
+    single rows would cost 15 % more. `tail_cuts` are the layers, from 1 on, that rows of a pass may enter at: all, or none where
+    the architecture does not let them.
 
     Raises:
         ModelError: no such folder, broken files, or an architecture that the paged path cannot run exactly.
@@ -49,11 +57,15 @@ class TargetModel:
         self.dtype = next(self._model.parameters()).dtype
         config = self._model.config.get_text_config()
         self.vocab_size: int = config.vocab_size
+        self.width: int = config.hidden_size
+        self.num_layers: int = config.num_hidden_layers
         self.max_context_tokens = _window(config)
         self.num_parameters: int = self._model.num_parameters()
         wanted = exact == "bitwise" or (exact == "auto" and self.dtype != torch.float32)
         self._rows_are_independent = pack(self._model, independent_rows=wanted)
         self.exact = "tolerance"
+        self._stages = Stages(_decoder_layers(self._model, self.num_layers), self._num_padded)
+        self.tail_cuts: tuple[int, ...] = ()
         try:
             self.bytes_per_token = self._probe()
         except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:  # it would not even run
@@ -66,7 +78,7 @@ class TargetModel:
 
     def forward(self, batch: PagedBatch) -> Tensor:
         """One pass over the weights.  -> [choices, vocab] of the model's dtype"""
-        with torch.inference_mode():
+        with torch.inference_mode(), self._stages.entered(batch) if batch.entries else nullcontext():
             logits: Tensor = self._model(
                 input_ids=self._padded(batch.input_ids),
                 position_ids=self._padded(batch.position_ids),
@@ -79,8 +91,11 @@ class TargetModel:
     def _padded(self, rows: Tensor) -> Tensor:
         """Zeros behind the last, up to a number of rows that products are compiled for; attention and cache never see them."""
         num_rows = rows.shape[-1]
-        extra = padded_rows(num_rows) - num_rows if self.device.type == "cpu" else 0
+        extra = self._num_padded(num_rows) - num_rows
         return F.pad(rows, (0, extra)) if extra else rows
+
+    def _num_padded(self, num_rows: int) -> int:
+        return padded_rows(num_rows) if self.device.type == "cpu" else num_rows
 
     def _probe(self) -> int:
         """Run a few tokens both ways and compare; returns the cache's bytes per token.
@@ -96,15 +111,25 @@ class TargetModel:
                 stock = self._model(input_ids=tensor_ids(trial.ids, self.device)[None], use_cache=False).logits[0]
         finally:
             self._model.set_attn_implementation(PAGED_ATTENTION)
-        difference = (paged.float() - stock.float()).square().mean().sqrt().item()
         spread = stock.float().std().item()
-        if not math.isfinite(spread) or not difference <= PROBE_TOLERANCE[self.dtype] * max(spread, 1e-3):
+        difference = _distance(paged, stock)
+        most = PROBE_TOLERANCE[self.dtype] * max(spread, 1e-3)
+        if not math.isfinite(spread) or not difference <= most:
             raise ModelError(
                 f"{self.folder}: logits of the paged path differ from the stock model's by {difference:.3g} "
                 f"(spread {spread:.3g}); this architecture ({self._model.config.model_type}) is not supported as a target"
             )
         self.num_fused_layers = fuse(self._model, trial.pool.forms, lambda: trial.spread(self.max_context_tokens))
         self.exact = "bitwise" if self._rows_are_independent and trial.is_invariant(paged) else "tolerance"
+
+        def is_right(logits: Tensor) -> bool:
+            expected = paged[: len(logits)]
+            return torch.equal(logits, expected) if self.exact == "bitwise" else _distance(logits, expected) <= most
+
+        if why := why_not_entered(self.forward, self._stages, trial.ids, is_right, LARGEST[self.dtype], self.device):
+            logger.warning("%s: no tails here, for %s", self.folder.name, why)
+        else:
+            self.tail_cuts = tuple(range(1, self.num_layers))
         return trial.pool.bytes_per_slot
 
 
@@ -115,6 +140,17 @@ def eos_token_ids(folder: Path) -> list[int]:
     except OSError:
         eos = read_json(folder / "config.json").get("eos_token_id")
     return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """Root mean square of the differences."""
+    return (a.float() - b.float()).square().mean().sqrt().item()
+
+
+def _decoder_layers(model: PreTrainedModel, num_layers: int) -> list[nn.Module]:
+    """In order; none where they are not one list."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == num_layers]
+    return list(lists[0]) if len(lists) == 1 else []
 
 
 def _device(name: str) -> torch.device:

@@ -294,4 +294,4 @@ class PageTable:
     def _next_digest(self, page_tokens: Sequence[int]) -> bytes:
         """Of the page after those that `_digests` covers."""
         parent = self._digests[-1] if self._digests else self._root
-        return hashlib.blake2b(parent + np.asarray(page_tokens, "<u4").tobytes(), digest_size=16).digest()
+        return hashlib.blake2b(parent + np.asarray(page_tokens, "<u8").tobytes(), digest_size=16).digest()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import signal
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -20,8 +21,9 @@ from grpc_reflection.v1alpha import reflection
 
 from edgecloud.bundle import Bundle, is_bundle
 from edgecloud.cloud.gate import Gate
+from edgecloud.cloud.graph_service import GraphIdentity, GraphLimits, GraphService
 from edgecloud.cloud.health import Health
-from edgecloud.cloud.messages import EngineConfig
+from edgecloud.cloud.messages import EngineConfig, GraphConfig, GraphReady, Ready
 from edgecloud.cloud.metrics import Metrics
 from edgecloud.cloud.service import Identity, Limits, VerificationService
 from edgecloud.cloud.supervisor import Supervisor
@@ -29,7 +31,9 @@ from edgecloud.cloud.tenants import Tenants
 from edgecloud.cloud.weights import check_safetensors
 from edgecloud.errors import BundleError, ConfigError, ModelError, ServerError
 from edgecloud.fingerprint import model_fingerprint, tokenizer_fingerprint
+from edgecloud.graph_bundle import GraphBundle
 from edgecloud.hosts import is_loopback
+from edgecloud.manifest import bundle_kind
 from edgecloud.rpc import codec
 from edgecloud.rpc import edgecloud_pb2_grpc as pb_grpc
 
@@ -41,6 +45,10 @@ KEEPALIVE_MS = 30_000  # a connection that is silent this long is asked whether 
 MIN_PING_INTERVAL_MS = 5_000  # a client that asks more often is cut off
 MAX_CONNECTION_IDLE_MS = 600_000
 CONNECTION_GRACE_MS = 300_000  # for requests under way on a connection that has reached its age
+TEXT_MESSAGE_BYTES = 1 << 20
+LEAST_MESSAGE_BYTES, MOST_MESSAGE_BYTES = 1 << 22, 1 << 28  # of tensors
+SAMPLES_PER_MESSAGE = 8
+EXACT = ("auto", "bitwise", "tolerance")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +90,10 @@ class ServerConfig:
     max_pass_tokens: int = 512  # rows of one pass; a longer prompt takes several
     max_draft_tokens: int = 32
     max_sessions: int = 1024
-    max_message_bytes: int = 1 << 20
+    max_batch_rows: int = 8  # of a graph's run that requests share; 1: every one runs alone
+    batch_window_ms: float = 2.0  # that a graph's request waits for company that is expected
+    max_underway_bytes: int = 1 << 29  # that all of a graph's requests under way may hold
+    max_message_bytes: int = 0  # 0: 1 MiB; for a graph, some times what its samples take
     max_requests: int = 512  # at a time, of all connections together
     max_connection_requests: int = 256  # at a time, of one connection
     max_connection_age_s: float = 3600.0
@@ -110,18 +121,18 @@ class ServerConfig:
         if self.port and self.port == self.metrics_port:
             raise ConfigError(f"port and metrics_port are both {self.port}; give them one each")
         for name in (
-            "page_size", "max_pass_tokens", "max_draft_tokens", "max_sessions", "cache_bytes", "max_message_bytes",
-            "max_requests", "max_connection_requests",
+            "page_size", "max_pass_tokens", "max_draft_tokens", "max_sessions", "cache_bytes",
+            "max_requests", "max_connection_requests", "max_batch_rows", "max_underway_bytes",
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it takes at least 1")
-        if self.num_threads < 0:
-            raise ConfigError(f"num_threads is {self.num_threads}; it takes 0 (as many as may be used) or more")
         for name in ("idle_s", "slow_reader_s", "max_connection_age_s"):
             if not 0 < getattr(self, name) <= MAX_SECONDS:  # nor NaN
                 raise ConfigError(f"{name} is {getattr(self, name)}; it takes seconds above 0, at most {MAX_SECONDS}")
-        if not 0 <= self.drain_s <= MAX_SECONDS:
-            raise ConfigError(f"drain_s is {self.drain_s}; it takes seconds from 0 to {MAX_SECONDS}")
+        highest = {"drain_s": MAX_SECONDS, "batch_window_ms": 1000, "max_message_bytes": MOST_MESSAGE_BYTES, "num_threads": 4096}
+        for name, most in highest.items():
+            if not 0 <= getattr(self, name) <= most:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it takes 0 to {most}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +146,13 @@ class Serving:
     exact: str  # bitwise: the text depends on no other session; tolerance: it may, where two candidates nearly tie
     device: str
     max_context_tokens: int
-    tls: bool
-    metrics_port: int | None
+    graph_cuts: tuple[str, ...] = ()  # of a graph bundle; then there is no window
+    tls: bool = False
+    metrics_port: int | None = None
 
 
 def serve(model: Path, config: ServerConfig, on_serving: Callable[[Serving], None]) -> None:
-    """Serve a bundle's target or a Hugging Face folder until SIGINT or SIGTERM.
+    """Serve a bundle's target or graph, or a Hugging Face folder, until SIGINT or SIGTERM.
 
     Raises:
         ModelError, BundleError: it cannot be served.
@@ -152,6 +164,13 @@ def serve(model: Path, config: ServerConfig, on_serving: Callable[[Serving], Non
     if config.metrics_port is not None:
         _check_port_free(config.host, config.metrics_port)
     tenants = None if config.tokens_file is None else Tenants(config.tokens_file)
+    if is_bundle(model) and bundle_kind(model) == "graph":
+        bundle = GraphBundle.open(model)
+        if not any(cut.cloud for cut in bundle.cuts):
+            raise BundleError(f"{model} leaves nothing to the cloud; partition the graph again, with a cut")
+        bundle.verify_files("cloud")
+        asyncio.run(_serve_graph(bundle, config, credentials, tenants, on_serving))
+        return
     folder, name, expected = _target(model)
     check_safetensors(folder)
     fingerprint = model_fingerprint(folder)
@@ -170,8 +189,8 @@ async def _serve(
     on_serving: Callable[[Serving], None],
 ) -> None:
     async with Supervisor(_engine_config(folder, config)) as engine:
-        assert engine.ready is not None
         ready = engine.ready
+        assert isinstance(ready, Ready)
         identity = Identity(
             server_version=metadata.version("edgecloud"),
             model_name=name,
@@ -180,42 +199,103 @@ async def _serve(
             vocab_size=ready.vocab_size,
             dtype=ready.dtype,
             exact=ready.exact,
+            width=ready.width,
+            tail_cuts=ready.tail_cuts,
         )
-        limits = Limits(ready.max_context_tokens, config.max_draft_tokens, config.max_message_bytes, config.max_sessions)
+        max_message_bytes = config.max_message_bytes or TEXT_MESSAGE_BYTES
+        limits = Limits(ready.max_context_tokens, config.max_draft_tokens, max_message_bytes, config.max_sessions)
         metrics = Metrics(by_tenant=tenants is not None)
-        gate = Gate(tenants, config.max_requests, metrics)
-        metrics.watch(lambda: engine.load, lambda: gate.num_running)
         service = VerificationService(engine, identity, limits, slow_reader_s=config.slow_reader_s, metrics=metrics)
-        stopping, hurry = asyncio.Event(), asyncio.Event()
+        serving = Serving(
+            address="",
+            model_name=name,
+            model_fingerprint=fingerprint,
+            dtype=ready.dtype,
+            exact=ready.exact,
+            device=config.device,
+            max_context_tokens=limits.max_context_tokens,
+        )
+        await _until_stopped(engine, service, serving, limits.max_message_bytes, config, credentials, tenants, metrics, on_serving)
 
-        def stop() -> None:  # asked twice: at once
-            (hurry if stopping.is_set() else stopping).set()
 
-        connection = ConnectionLimits(config.max_message_bytes, config.max_connection_requests, config.max_connection_age_s)
-        port_open = listening(
-            service, config.host, config.port, credentials,
-            gate=gate, connection=connection, drain_s=config.drain_s, hurry=hurry,
-        )  # fmt: skip
-        with _scraped(metrics, config) as metrics_port:
-            async with port_open as listener:
-                engine.on_change = listener.health.set_serving
-                gc.freeze()  # what was imported stays: collections need not walk it
-                for number in (signal.SIGINT, signal.SIGTERM):
-                    asyncio.get_running_loop().add_signal_handler(number, stop)
-                on_serving(
-                    Serving(
-                        address=listener.address,
-                        model_name=name,
-                        model_fingerprint=fingerprint,
-                        dtype=ready.dtype,
-                        exact=ready.exact,
-                        device=config.device,
-                        max_context_tokens=limits.max_context_tokens,
-                        tls=credentials is not None,
-                        metrics_port=metrics_port,
-                    )
-                )
-                await stopping.wait()
+async def _serve_graph(
+    bundle: GraphBundle,
+    config: ServerConfig,
+    credentials: grpc.ServerCredentials | None,
+    tenants: Tenants | None,
+    on_serving: Callable[[Serving], None],
+) -> None:
+    if config.exact not in EXACT:
+        raise ConfigError(f"exact is {config.exact!r}; it takes {', '.join(EXACT)}")
+    max_rows = 1 if config.exact == "bitwise" else config.max_batch_rows  # a run that is not shared depends on nobody
+    num_threads = config.num_threads or len(os.sched_getaffinity(0))
+    graphs = GraphConfig(bundle.path.resolve(), config.device, num_threads, max_rows, config.batch_window_ms)
+    async with Supervisor(graphs) as engine:
+        assert isinstance(engine.ready, GraphReady)
+        cuts = {cut.name: cut for cut in engine.ready.cuts}
+        shares = max_rows > 1 and any(cut.batches for cut in cuts.values())
+        identity = GraphIdentity(
+            server_version=metadata.version("edgecloud"),
+            name=bundle.graph.name,
+            fingerprint=bundle.graph.fingerprint,
+            graph_hash=bundle.graph_hash,
+            exact="tolerance" if shares else "bitwise",
+        )
+        limits = GraphLimits(config.max_message_bytes or graph_message_bytes(bundle), config.max_underway_bytes)
+        metrics = Metrics(by_tenant=tenants is not None)
+        service = GraphService(engine, identity, cuts, limits, metrics)
+        serving = Serving(
+            address="",
+            model_name=identity.name,
+            model_fingerprint=identity.fingerprint,
+            dtype="",
+            exact=identity.exact,
+            device=config.device,
+            max_context_tokens=0,
+            graph_cuts=tuple(cuts),
+        )
+        await _until_stopped(engine, service, serving, limits.max_message_bytes, config, credentials, tenants, metrics, on_serving)
+
+
+async def _until_stopped(
+    engine: Supervisor,
+    service: pb_grpc.VerificationServicer,
+    serving: Serving,
+    max_message_bytes: int,
+    config: ServerConfig,
+    credentials: grpc.ServerCredentials | None,
+    tenants: Tenants | None,
+    metrics: Metrics,
+    on_serving: Callable[[Serving], None],
+) -> None:
+    """Listen, say so, and serve until a signal comes."""
+    gate = Gate(tenants, config.max_requests, metrics)
+    metrics.watch(lambda: engine.load, lambda: gate.num_running)
+    stopping, hurry = asyncio.Event(), asyncio.Event()
+
+    def stop() -> None:  # asked twice: at once
+        (hurry if stopping.is_set() else stopping).set()
+
+    connection = ConnectionLimits(max_message_bytes, config.max_connection_requests, config.max_connection_age_s)
+    port_open = listening(
+        service, config.host, config.port, credentials,
+        gate=gate, connection=connection, drain_s=config.drain_s, hurry=hurry,
+    )  # fmt: skip
+    with _scraped(metrics, config) as metrics_port:
+        async with port_open as listener:
+            engine.on_change = listener.health.set_serving
+            gc.freeze()  # what was imported stays: collections need not walk it
+            for number in (signal.SIGINT, signal.SIGTERM):
+                asyncio.get_running_loop().add_signal_handler(number, stop)
+            tls = credentials is not None
+            on_serving(replace(serving, address=listener.address, tls=tls, metrics_port=metrics_port))
+            await stopping.wait()
+
+
+def graph_message_bytes(bundle: GraphBundle) -> int:
+    """Room for several times the samples that the bundle was made with: other inputs may be larger, or come without a codec."""
+    largest = max(cut.boundary_bytes for cut in bundle.cuts)
+    return min(MOST_MESSAGE_BYTES, max(LEAST_MESSAGE_BYTES, SAMPLES_PER_MESSAGE * largest))
 
 
 def _scraped(metrics: Metrics, config: ServerConfig) -> AbstractContextManager[int | None]:
@@ -250,7 +330,7 @@ class Listener:
 
 @asynccontextmanager
 async def listening(
-    service: VerificationService,
+    service: pb_grpc.VerificationServicer,
     host: str,
     port: int,
     credentials: grpc.ServerCredentials | None = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -13,13 +13,15 @@ from typing import Any, NoReturn
 import grpc
 from grpc.aio import ServicerContext
 
+from edgecloud.cloud.asked import Request, asked
 from edgecloud.cloud.engine_client import AsyncEngine
 from edgecloud.cloud.metrics import Metrics
 from edgecloud.cloud.quotas import ACCOUNT, Account
 from edgecloud.cloud.spans import call_span
 from edgecloud.cloud.status import abort
-from edgecloud.cloud.work import Answer, Extend, Extended, Failed, Gone, Overloaded, Refused
+from edgecloud.cloud.work import Answer, Extend, Extended, Failed, Gone, Invalid, Overloaded, Refused
 from edgecloud.errors import ConfigError, ModelMismatchError
+from edgecloud.kernels.codec import CODECS
 from edgecloud.rpc import codec
 from edgecloud.rpc import edgecloud_pb2 as pb
 from edgecloud.rpc import edgecloud_pb2_grpc as pb_grpc
@@ -49,6 +51,8 @@ class Identity:
     vocab_size: int
     dtype: str
     exact: str
+    width: int  # of the residual stream
+    tail_cuts: tuple[int, ...]  # layers that Tail may enter at
 
 
 class VerificationService(pb_grpc.VerificationServicer):
@@ -95,14 +99,27 @@ class VerificationService(pb_grpc.VerificationServicer):
                 max_sessions=limits.max_sessions,
             ),
             load=self._load(),
+            tail_cuts=identity.tail_cuts,
+            boundary_codecs=CODECS if identity.tail_cuts else (),
         )
 
     async def Verify(  # noqa: N802
         self, request: pb.VerifyRequest, context: ServicerContext[pb.VerifyRequest, pb.VerifyReply]
     ) -> pb.VerifyReply:
         """One draft, one verdict."""
+        return await self._verdict("Verify", request, context)
+
+    async def Tail(  # noqa: N802
+        self, request: pb.TailRequest, context: ServicerContext[pb.TailRequest, pb.VerifyReply]
+    ) -> pb.VerifyReply:
+        """The same, of a target whose first layers the device has run."""
+        return await self._verdict("Tail", request, context)
+
+    async def _verdict(
+        self, method: str, request: pb.VerifyRequest | pb.TailRequest, context: ServicerContext[Any, pb.VerifyReply]
+    ) -> pb.VerifyReply:
         extend = await self._accept(request, context)
-        with self._place("Verify", extend) as extended:
+        with self._place(method, extend) as extended:
             async with aclosing(self._engine.extend(extend)) as answers:
                 async for answer in answers:
                     if not isinstance(answer, Extended):
@@ -169,6 +186,13 @@ class VerificationService(pb_grpc.VerificationServicer):
         self._engine.release(session_id)
         return pb.ReleaseReply()
 
+    async def Infer(  # noqa: N802
+        self, request: pb.InferRequest, context: ServicerContext[pb.InferRequest, pb.InferReply]
+    ) -> pb.InferReply:
+        """Not here."""
+        words = "this service runs a language model and no ONNX graph; ask it for Verify or Decode, or serve a graph bundle"
+        await abort(context, grpc.StatusCode.UNIMPLEMENTED, words)
+
     def _load(self) -> pb.Load:
         load = self._engine.load
         return pb.Load(
@@ -185,7 +209,7 @@ class VerificationService(pb_grpc.VerificationServicer):
         """Tokens that a context may have: what a tenant's whole quota could not hold would never be answered."""
         return min(self._limits.max_context_tokens, account.quota.max_cache_tokens or self._limits.max_context_tokens)
 
-    async def _accept(self, request: pb.VerifyRequest | pb.DecodeRequest, context: ServicerContext[Any, Any]) -> Extend:
+    async def _accept(self, request: Request, context: ServicerContext[Any, Any]) -> Extend:
         """The checked request; one that is refused ends the call."""
         try:
             return self._extend(request, context)
@@ -208,8 +232,8 @@ class VerificationService(pb_grpc.VerificationServicer):
         with places[0], places[1] as evicted, call_span(method, extend, account.tenant) as span:
             if evicted is not None:
                 self._engine.release(evicted)
-            account.take_tokens(len(extend.context_ids) + num_draft_tokens)
-            self._metrics.accepted(len(extend.context_ids), account.tenant)
+            account.take_tokens(extend.num_new_context + num_draft_tokens)
+            self._metrics.accepted(extend, account.tenant)
 
             def extended(answer: Extended) -> None:
                 account.take_tokens(1)
@@ -218,7 +242,7 @@ class VerificationService(pb_grpc.VerificationServicer):
 
             yield extended
 
-    def _extend(self, request: pb.VerifyRequest | pb.DecodeRequest, context: ServicerContext[Any, Any]) -> Extend:
+    def _extend(self, request: Request, context: ServicerContext[Any, Any]) -> Extend:
         """Check a request against limits and vocabulary.
 
         Raises:
@@ -229,14 +253,13 @@ class VerificationService(pb_grpc.VerificationServicer):
         if request.pair_hash not in (0, self._pair_hash):
             raise ModelMismatchError(f"this service runs {self._identity.model_name}, not the target that the request means")
         _check_session_id(request.session_id)
-        draft_ids: Sequence[int] = request.draft_ids if isinstance(request, pb.VerifyRequest) else ()
-        max_new_tokens = 1 if isinstance(request, pb.VerifyRequest) else request.max_new_tokens
-        stop_ids = () if isinstance(request, pb.VerifyRequest) else request.stop_token_ids
+        what = asked(request, self._identity.tail_cuts, self._identity.width)
+        context_ids, draft_ids, stop_ids, max_new_tokens, boundary, assumed_id = what
         if request.context_start < 0:
             raise ConfigError(f"context_start is {request.context_start}; it takes a position from 0")
         if request.context_start == 0 and request.context_hash != 0:
             raise ConfigError(f"context_hash is {request.context_hash:#x}; before context_start 0 there is nothing to hash: send 0")
-        length = request.context_start + len(request.context_ids)
+        length = request.context_start + what.num_new_context
         if length < 1:
             raise ConfigError("the context is empty; send at least one token")
         if max_new_tokens < 1:
@@ -250,8 +273,8 @@ class VerificationService(pb_grpc.VerificationServicer):
         if length + len(draft_ids) > window:
             whose = "this service's window" if window == self._limits.max_context_tokens else "this tenant's max_cache_tokens"
             raise ConfigError(f"context and draft have {length + len(draft_ids)} tokens; {whose} is {window}")
-        context_ids, draft_ids = tuple(request.context_ids), tuple(draft_ids)  # not before: a message holds a million
-        highest = max(max(context_ids, default=0), max(draft_ids, default=0))
+        context_ids, draft_ids = tuple(context_ids), tuple(draft_ids)  # not before: a message holds a million
+        highest = max(max(context_ids, default=0), max(draft_ids, default=0), assumed_id or 0)
         if highest >= self._identity.vocab_size:
             raise ConfigError(f"token id {highest} is outside the vocabulary of {self._identity.vocab_size}")
         return Extend(
@@ -266,6 +289,8 @@ class VerificationService(pb_grpc.VerificationServicer):
             tenant=account.tenant,
             max_cache_tokens=account.quota.max_cache_tokens,
             deadline_s=_deadline_s(context),
+            boundary=boundary,
+            assumed_id=assumed_id,
         )
 
 
@@ -288,6 +313,8 @@ async def _abort(context: ServicerContext[Any, Any], answer: Answer) -> NoReturn
             code = grpc.StatusCode.FAILED_PRECONDITION
             message = f"the session's first {cached_length} tokens are known here; send the rest"
             detail.cached_length = cached_length
+        case Invalid(reason):
+            code, message = grpc.StatusCode.INVALID_ARGUMENT, reason
         case Overloaded(reason, retry_after_ms):
             code, message = grpc.StatusCode.RESOURCE_EXHAUSTED, f"{reason}; come again in {retry_after_ms} ms"
             detail.retry_after_ms = retry_after_ms

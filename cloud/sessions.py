@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from edgecloud.cloud.pages import OutOfPagesError, PagePool, PageTable
-from edgecloud.rpc.codec import context_hash
+from edgecloud.rpc.codec import context_hash, row_keys_hash
 from edgecloud.tokens import common_prefix
 
 
@@ -14,35 +16,74 @@ class OverQuotaError(Exception):
     """A tenant's sessions at work hold all the pages that it may have."""
 
 
+class Kind(NamedTuple):
+    """What a session's tokens are told by: ids, or encoded rows of the residual stream as it enters a layer."""
+
+    cut: int = 0  # the layer; 0: ids
+    codec: str = ""
+    row_bytes: int = 0
+
+
+IDS = Kind()
+
+
 @dataclass(slots=True)
 class Session:
-    """Tokens are the state; the pages are a cache of it and may be taken away at any time between passes."""
+    """Tokens are the state; the pages are a cache of it and may be taken away at any time between passes.
+
+    Of a session of rows the state are the rows, and `tokens` their keys: what is true of tokens that are equal is true of them.
+    """
 
     session_id: bytes
     table: PageTable
+    kind: Kind = IDS
     tokens: list[int] = field(default_factory=list)
+    rows: bytearray = field(default_factory=bytearray)  # one behind the other
+    chosen: int | None = None  # what the target has chosen to follow them
     last_used_s: float = 0.0
     busy: bool = False  # a request is under way: never evicted
     released: bool = False  # to be dropped when it is no longer busy
 
     def vouches_for(self, length: int, expected_hash: int) -> bool:
         """Whether the first `length` tokens are known and hash to what the client says."""
-        return length <= len(self.tokens) and context_hash(self.tokens[:length]) == expected_hash
+        hashed = row_keys_hash if self.kind.cut else context_hash
+        return length <= len(self.tokens) and hashed(self.tokens[:length]) == expected_hash
 
-    def replace_from(self, start: int, ids: tuple[int, ...]) -> None:
-        """Make the tokens from `start` on equal `ids`; what is cached beyond the first difference is forgotten."""
-        new = list(ids)
+    def has_chosen(self, token_id: int, length: int) -> bool:
+        """Whether the first `length` tokens are all, and the target has chosen this one to follow them."""
+        return length == len(self.tokens) and self.chosen == token_id
+
+    def begin_anew(self, kind: Kind) -> None:
+        """Forget everything: the tokens will be of this kind."""
+        self.table.release()
+        self.kind, self.tokens, self.rows, self.chosen = kind, [], bytearray(), None
+
+    def replace_from(self, start: int, tokens: Sequence[int], rows: bytes = b"") -> None:
+        """Make the tokens from `start` on equal these; what is cached beyond the first difference is forgotten."""
+        new = list(tokens)
         self.table.crop_to(start + common_prefix(self.tokens[start:], new))
         self.tokens[start:] = new
+        self.rows[start * self.kind.row_bytes :] = rows
+        self.chosen = None
+
+    def crop_to(self, length: int) -> None:
+        """Forget the tokens past `length`."""
+        self.table.crop_to(length)
+        del self.tokens[length:], self.rows[length * self.kind.row_bytes :]
+
+    def rows_between(self, start: int, stop: int) -> bytearray:
+        """The rows of these positions."""
+        return self.rows[start * self.kind.row_bytes : stop * self.kind.row_bytes]
 
 
 class SessionStore:
     """Sessions by id, least recently used first."""
 
-    def __init__(self, pool: PagePool, max_sessions: int, idle_s: float) -> None:
+    def __init__(self, pool: PagePool, max_sessions: int, idle_s: float, max_row_bytes: int = 0) -> None:
         self._pool = pool
         self._max_sessions = max_sessions
         self._idle_s = idle_s
+        self._max_row_bytes = max_row_bytes  # of all sessions together
         self._sessions: OrderedDict[bytes, Session] = OrderedDict()
 
     def __len__(self) -> int:
@@ -65,6 +106,21 @@ class SessionStore:
         session.last_used_s = now_s
         self._sessions.move_to_end(session_id)
         return session
+
+    def make_room_for_rows(self, session_id: bytes, num_bytes: int) -> bool:
+        """Let a session have so many bytes of rows: idle sessions of rows are forgotten for it, the least recently used first.
+
+        -> whether there is room
+        """
+        others = [session for session in self._sessions.values() if session.rows and session.session_id != session_id]
+        excess = num_bytes + sum(len(session.rows) for session in others) - self._max_row_bytes
+        for session in others:
+            if excess <= 0:
+                break
+            if not session.busy:
+                excess -= len(session.rows)
+                self.forget(session.session_id)
+        return excess <= 0
 
     def forget(self, session_id: bytes) -> None:
         """Drop tokens and pages. An unknown id is fine."""

@@ -1,4 +1,4 @@
-"""One OpenTelemetry span a Verify or Decode, by the API alone: without an SDK in the process it costs next to nothing."""
+"""One OpenTelemetry span a Verify, Tail, Decode or Infer, by the API alone: without an SDK in the process it costs little."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from opentelemetry import trace
 
+from edgecloud.cloud.graph_work import Inferred, RunCut
 from edgecloud.cloud.work import Extend, Extended
 
 
@@ -40,23 +41,54 @@ class CallSpan:
 
 @contextmanager
 def call_span(name: str, extend: Extend, tenant: str) -> Iterator[CallSpan]:
-    """A span that ends with the context. What breaks it is told by its type only: messages might quote a request."""
-    span = trace.get_tracer("edgecloud").start_span(
-        f"edgecloud.{name}",
-        kind=trace.SpanKind.SERVER,
-        attributes={
-            "edgecloud.tenant": tenant,
-            "edgecloud.num_context_tokens": extend.context_start + len(extend.context_ids),
-            "edgecloud.num_new_context_tokens": len(extend.context_ids),
-            "edgecloud.num_draft_tokens": len(extend.draft_ids),
-        },
-    )
-    call = CallSpan(span)
+    """A span that ends with the context. What breaks it is told by its type only."""
+    attributes: dict[str, str | int] = {
+        "edgecloud.tenant": tenant,
+        "edgecloud.num_context_tokens": extend.context_start + extend.num_new_context,
+        "edgecloud.num_new_context_tokens": extend.num_new_context,
+        "edgecloud.num_draft_tokens": len(extend.draft_ids),
+        "edgecloud.cut": extend.boundary.cut if extend.boundary else 0,
+    }
+    with _span(name, attributes) as span:
+        call = CallSpan(span)
+        try:
+            yield call
+        finally:
+            span.set_attributes(call.totals())
+
+
+class GraphSpan:
+    """A span of an Infer: sizes and times, never a value."""
+
+    def __init__(self, span: trace.Span) -> None:
+        self._span = span
+
+    def inferred(self, answer: Inferred, queue_ms: float) -> None:
+        """The engine has answered."""
+        self._span.set_attributes(
+            {
+                "edgecloud.queue_ms": queue_ms,
+                "edgecloud.forward_ms": answer.compute_ms,
+                "edgecloud.num_batched": answer.num_batched,
+            }
+        )
+
+
+@contextmanager
+def infer_span(infer: RunCut, num_bytes: int) -> Iterator[GraphSpan]:
+    """A span that ends with the context; as `call_span`."""
+    with _span("Infer", {"edgecloud.tenant": infer.tenant, "edgecloud.cut": infer.cut, "edgecloud.num_bytes": num_bytes}) as span:
+        yield GraphSpan(span)
+
+
+@contextmanager
+def _span(name: str, attributes: dict[str, str | int]) -> Iterator[trace.Span]:
+    """What breaks it is told by its type only: messages might quote a request."""
+    span = trace.get_tracer("edgecloud").start_span(f"edgecloud.{name}", kind=trace.SpanKind.SERVER, attributes=attributes)
     try:
-        yield call
+        yield span
     except BaseException as error:
         span.set_status(trace.StatusCode.ERROR, type(error).__name__)
         raise
     finally:
-        span.set_attributes(call.totals())
         span.end()

@@ -16,7 +16,19 @@ import zmq
 
 from edgecloud import errors
 from edgecloud.cloud.engine_client import EngineClient
-from edgecloud.cloud.messages import MESSAGES_VERSION, EngineConfig, Ready, Start, StartFailed, Stop, decode_from_engine, encode
+from edgecloud.cloud.graph_work import GraphAnswer, RunCut
+from edgecloud.cloud.messages import (
+    MESSAGES_VERSION,
+    EngineConfig,
+    GraphConfig,
+    GraphReady,
+    Ready,
+    Start,
+    StartFailed,
+    Stop,
+    decode_from_engine,
+    encode,
+)
 from edgecloud.cloud.pair_socket import PairSocket
 from edgecloud.cloud.work import Answer, EngineLoad, Extend, Gone
 from edgecloud.errors import ServerError
@@ -27,16 +39,17 @@ STOP_GRACE_S = 5.0
 LAST_WORDS_S = 0.5
 FIRST_BACKOFF_S = 0.1
 LONGEST_BACKOFF_S = 10.0
+STARTING = Gone("the engine is starting again")
 
 
 class Supervisor:
-    """Keeps an engine running in a process of its own. An async context manager; implements `AsyncEngine`.
+    """Keeps an engine running in a process of its own. An async context manager.
 
-    When the process ends, every request under way is answered `Gone`, and another process is started. `on_change` is told
-    whether there is an engine.
+    Implements `AsyncEngine`, or for graphs `AsyncGraphEngine`. When the process ends, every request under way is answered
+    `Gone`, and another process is started. `on_change` is told whether there is an engine.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig | GraphConfig) -> None:
         self._config = config
         self._context = zmq.Context["zmq.Socket[bytes]"]()
         self._folder = tempfile.TemporaryDirectory(prefix="edgecloud-")  # readable by this user alone, and so are its sockets
@@ -45,7 +58,7 @@ class Supervisor:
         self._load = EngineLoad(0, 0, 0, 0)
         self._keeper: asyncio.Task[None] | None = None
         self.on_change: Callable[[bool], None] = _ignore
-        self.ready: Ready | None = None  # what the first one said of itself
+        self.ready: Ready | GraphReady | None = None  # what the first one said of itself
 
     async def __aenter__(self) -> Self:
         """Start the engine and wait until it is ready. Raises what it could not start for: ModelError, ConfigError, ServerError."""
@@ -69,6 +82,10 @@ class Supervisor:
         """Answers of one request, in order; leaving the iterator cancels it."""
         return _nobody() if self._client is None else self._client.extend(request)
 
+    async def infer(self, request: RunCut) -> GraphAnswer:
+        """The answer; to be cancelled is to cancel the request."""
+        return STARTING if self._client is None else await self._client.infer(request)
+
     def release(self, session_id: bytes) -> None:
         """Forget a session."""
         if self._client is not None:
@@ -79,7 +96,7 @@ class Supervisor:
         """As it was after the last pass."""
         return self._load if self._client is None else self._client.load
 
-    async def _start(self) -> tuple[asyncio.subprocess.Process, PairSocket, Ready]:
+    async def _start(self) -> tuple[asyncio.subprocess.Process, PairSocket, Ready | GraphReady]:
         """A new process on a socket of its own, so that nothing of an older one can be taken for its answer."""
         self._num_started += 1
         endpoint = f"ipc://{self._folder.name}/{self._num_started}"
@@ -97,7 +114,7 @@ class Supervisor:
             socket.close()
             raise
 
-    async def _keep(self, process: asyncio.subprocess.Process, socket: PairSocket, ready: Ready) -> None:
+    async def _keep(self, process: asyncio.subprocess.Process, socket: PairSocket, ready: Ready | GraphReady) -> None:
         """Serve with this process, and with another one after it, until cancelled."""
         backoff_s = FIRST_BACKOFF_S
         while True:
@@ -113,7 +130,7 @@ class Supervisor:
                 else:
                     break
 
-    async def _serve(self, process: asyncio.subprocess.Process, socket: PairSocket, ready: Ready) -> bool:
+    async def _serve(self, process: asyncio.subprocess.Process, socket: PairSocket, ready: Ready | GraphReady) -> bool:
         """Pass messages on until the process ends.  -> whether it was of any use before"""
         client = EngineClient(socket, ready.load)
         receiving = asyncio.create_task(client.receive())
@@ -146,7 +163,7 @@ class Supervisor:
         self._folder.cleanup()
 
 
-async def _readiness(process: asyncio.subprocess.Process, socket: PairSocket) -> Ready:
+async def _readiness(process: asyncio.subprocess.Process, socket: PairSocket) -> Ready | GraphReady:
     """What the process says first. Raises what it could not start for."""
     said = asyncio.ensure_future(socket.recv())
     ended = asyncio.create_task(process.wait())
@@ -157,7 +174,7 @@ async def _readiness(process: asyncio.subprocess.Process, socket: PairSocket) ->
     if not said.done():
         raise ServerError(f"the engine's process ended with {process.returncode} before it was ready; its output is above")
     match decode_from_engine(said.result()):
-        case Ready() as ready if ready.version == MESSAGES_VERSION:
+        case Ready() | GraphReady() as ready if ready.version == MESSAGES_VERSION:
             return ready
         case StartFailed(name, reason):
             raise getattr(errors, name)(reason)
@@ -167,7 +184,7 @@ async def _readiness(process: asyncio.subprocess.Process, socket: PairSocket) ->
 
 async def _nobody() -> AsyncGenerator[Answer, None]:
     """In the place of an engine's answers."""
-    yield Gone("the engine is starting again")
+    yield STARTING
 
 
 def _ignore(_: bool) -> None:

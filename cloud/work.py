@@ -9,12 +9,29 @@ import msgspec
 from edgecloud.sampling import SamplingSettings
 
 
+class Boundary(msgspec.Struct, frozen=True):
+    """The target's residual stream as it enters layer `cut`, for tokens that are not told: a row each, of `row_bytes`, encoded."""
+
+    cut: int
+    codec: str
+    row_bytes: int
+    rows: bytes
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens that they stand for."""
+        return len(self.rows) // self.row_bytes
+
+
 class Extend(msgspec.Struct, frozen=True, tag=True):
-    """Extend a session and choose: prefill, verify and decode alike.
+    """Extend a session and choose: prefill, verify, decode and tail alike.
 
     The session's tokens before `context_start` must hash to `context_hash`; `context_ids` follow them. One pass over
     `draft_ids` gives the target's choice after the context and after every draft token. With `max_new_tokens` above 1 (and no
     draft) the choice is appended and the engine goes on, until a stop token or the limit.
+
+    With `boundary` its rows take the place of ids, from `context_start` on to the last draft token; `context_ids` is empty. The
+    first row may be of the client's guess of the token to be chosen there: then that has to have been `assumed_id`.
     """
 
     session_id: bytes
@@ -28,6 +45,13 @@ class Extend(msgspec.Struct, frozen=True, tag=True):
     tenant: str = ""  # who is charged: tenants get even shares of a crowded pass
     max_cache_tokens: int | None = None  # that the tenant's sessions may hold in all; None: as many as there are
     deadline_s: float = math.inf  # of time.monotonic(), which all processes of a machine share
+    boundary: Boundary | None = None
+    assumed_id: int | None = None
+
+    @property
+    def num_new_context(self) -> int:
+        """Tokens of the context that came with it."""
+        return len(self.context_ids) if self.boundary is None else self.boundary.num_rows - len(self.draft_ids)
 
 
 class Extended(msgspec.Struct, frozen=True, tag=True):
@@ -35,7 +59,7 @@ class Extended(msgspec.Struct, frozen=True, tag=True):
 
     num_accepted: int
     next_token_id: int
-    cached_length: int  # tokens the session now has, next_token_id included
+    cached_length: int  # tokens the session now has: next_token_id included, but for a session of rows
     queue_ms: float  # since the request came, or since the token before, less compute
     compute_ms: float
     target_passes: float
@@ -46,6 +70,12 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     """The session's tokens before `context_start` are not what the client means; `cached_length` can be vouched for."""
 
     cached_length: int
+
+
+class Invalid(msgspec.Struct, frozen=True, tag=True):
+    """The rows hold what no target's residual stream does."""
+
+    reason: str
 
 
 class Overloaded(msgspec.Struct, frozen=True, tag=True):
@@ -67,7 +97,7 @@ class Gone(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
-Answer = Extended | Refused | Overloaded | Failed | Gone
+Answer = Extended | Refused | Invalid | Overloaded | Failed | Gone
 
 
 class PassCost(msgspec.Struct, frozen=True):

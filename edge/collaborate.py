@@ -41,6 +41,7 @@ def collaborate(
     stop_token_ids: Collection[int],
     estimates: Estimates,
     meet: Callable[[], int],
+    new_courier: Callable[..., Courier] = Courier,
 ) -> Iterator[Step]:
     """Yield what the pilot has to show, until the generation is whole.
 
@@ -52,12 +53,13 @@ def collaborate(
         stop_token_ids: ends of the answer.
         estimates: fed by what happens.
         meet: makes the handshake; returns the longest draft that the service takes.
+        new_courier: makes who carries out calls, from Courier's arguments.
 
     Raises:
         CloudError: as the pilot and `meet` do; DeadlineExceededError: the session's deadline passed.
     """
     inbox: SimpleQueue[Letter] = SimpleQueue()
-    courier = Courier(session, sampling, stop_token_ids, estimates, inbox.put)
+    courier = new_courier(session, sampling, stop_token_ids, estimates, inbox.put)
     device = _Device(drafter, sampling, stop_token_ids, estimates, inbox.put)
     try:
         pilot.begin(time.monotonic())

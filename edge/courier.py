@@ -13,24 +13,25 @@ import grpc
 
 from edgecloud.edge.estimates import Estimates
 from edgecloud.edge.pilot import Cancel, Decode, Failed, Happening, Judged, Streamed, Verify
-from edgecloud.edge.remote import Cloud, TokenStream, cost_of
+from edgecloud.edge.remote import Cloud, RemoteVerifier, TokenStream, cost_of
 from edgecloud.edge.replicas import RemoteSession
+from edgecloud.edge.tail import TailSession
 from edgecloud.errors import CloudError, CloudOverloadedError, CloudUnavailableError, ProtocolError
 from edgecloud.rpc import codec
 from edgecloud.sampling import SamplingSettings
+from edgecloud.types import CallCost
 
+FREE = CallCost()
 Letter = Callable[[], Happening | None]  # read on the pilot's thread, so that only that thread knows the session
 
 
 @dataclass(frozen=True, slots=True)
-class _Trip:
+class Trip:
     """A request and its answer, as the device saw them."""
 
     elapsed_s: float
     uplink_bytes: int
-    num_rows: int  # that the service had to compute
     was_idle: bool  # the link, before
-    conditional: bool
 
 
 class Courier:
@@ -52,7 +53,7 @@ class Courier:
         self._estimates = estimates
         self._post = post
         self._calls: dict[int, list[Any]] = {}  # under way; several futures where a second service was asked
-        self._orders: dict[int, tuple[Verify | Decode, Cloud]] = {}  # of these, what was asked of whom
+        self._orders: dict[int, tuple[Verify | Decode, Cloud]] = {}  # what was asked of whom
 
     def verify(self, order: Verify) -> None:
         """Send a draft."""
@@ -106,6 +107,10 @@ class Courier:
             for call in self._calls.popitem()[1]:
                 call.cancel()
 
+    def _on(self, cloud: Cloud) -> RemoteVerifier | TailSession:
+        """The session whose calls these are."""
+        return self._session.on(cloud)
+
     def _choose(self) -> Cloud:
         cloud = self._replicas.choose(time.monotonic())
         assert cloud is not None
@@ -114,29 +119,36 @@ class Courier:
     def _send(self, order: Verify, cloud: Cloud, num_assumed: int | None) -> None:
         session = self._session.on(cloud)
         request = session.verify_request(order.tokens, order.draft_ids, self._wire_sampling, num_assumed)
-        uplink_bytes, asked = request.ByteSize(), time.perf_counter()
         num_rows = len(order.draft_ids) + max(1, len(request.context_ids))
+        judge = partial(self._judge, order, cloud, num_rows=num_rows, conditional=num_assumed is not None)
+        self._launch(order.call, request, session.verify_future, judge)
+
+    def _launch(self, call: int, request: Any, send: Callable[[Any], Any], then: Callable[[Any, Trip], Happening | None]) -> None:
+        """Send a request, and let `then` read what comes of it."""
+        uplink_bytes, asked = request.ByteSize(), time.perf_counter()
         was_idle = self._estimates.link.sent_to_idle(time.monotonic())
-        future = session.verify_future(request)
-        self._calls.setdefault(order.call, []).append(future)
+        future = send(request)
+        self._calls.setdefault(call, []).append(future)
 
         def arrived(ended: Any) -> None:
-            elapsed_s = time.perf_counter() - asked
-            trip = _Trip(elapsed_s, uplink_bytes, num_rows, was_idle, conditional=num_assumed is not None)
-            self._post(lambda: self._judge(order, cloud, ended, trip))
+            trip = Trip(time.perf_counter() - asked, uplink_bytes, was_idle)
+            self._post(lambda: then(ended, trip))
 
         future.add_done_callback(arrived)
 
-    def _judge(self, order: Verify, cloud: Cloud, ended: Any, trip: _Trip) -> Happening | None:
+    def _judge(
+        self, order: Verify, cloud: Cloud, ended: Any, trip: Trip, *, num_rows: int, conditional: bool, before: CallCost = FREE
+    ) -> Happening | None:
+        """`num_rows`: that the service had to compute. `before`: what earlier parts of the same request took."""
         if ended not in self._calls.get(order.call, []):
             return None
         try:
             reply = ended.result()
         except grpc.RpcError as error:
-            return self._fail(order.call, ended, cloud, error, conditional=trip.conditional)
+            return self._fail(order.call, ended, cloud, error, conditional=conditional)
         cost = cost_of(reply, trip.elapsed_s, trip.uplink_bytes)
         try:
-            verdict = self._session.on(cloud).judged(order.tokens, order.draft_ids, reply, cost)
+            verdict = self._on(cloud).judged(order.tokens, order.draft_ids, reply, before + cost)
         except ProtocolError as error:
             return Failed(order.call, error)
         self._calls[order.call].remove(ended)
@@ -144,9 +156,8 @@ class Courier:
             self._replicas.failed(asked, time.monotonic())
         self.cancel(Cancel(order.call))  # what else was asked for the same
         self._replicas.answered(cloud)
-        self._estimates.judged(
-            trip.num_rows, cost, cloud.load, time.monotonic(), was_idle=trip.was_idle, conditional=trip.conditional
-        )
+        now_s = time.monotonic()
+        self._estimates.judged(num_rows, cost, cloud.load, now_s, was_idle=trip.was_idle, conditional=conditional)
         return Judged(order.call, verdict)
 
     def _take(self, call: int, stream: TokenStream, cloud: Cloud, reply: Any, came: float, was_idle: bool) -> Happening | None:
@@ -170,7 +181,7 @@ class Courier:
     def _fail(self, call: int, ended: Any, cloud: Cloud, error: grpc.RpcError, *, conditional: bool = False) -> Happening | None:
         if ended not in self._calls.get(call, []):
             return None
-        failure: CloudError = self._session.on(cloud).learned(error, conditional=conditional)
+        failure: CloudError = self._on(cloud).learned(error, conditional=conditional)
         if isinstance(failure, CloudUnavailableError | CloudOverloadedError):
             self._replicas.failed(cloud, time.monotonic())
         self._calls[call].remove(ended)

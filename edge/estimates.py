@@ -181,19 +181,30 @@ class CloudEstimate:
 
 
 class DeviceEstimate:
-    """Times of the device's own model."""
+    """Times of the device's own models."""
 
     def __init__(self) -> None:
         self._step = Smoothed()
+        self._front_row = Smoothed()
 
     def drafted(self, elapsed_ms: float) -> None:
         """A single step took this long."""
         self._step.add(elapsed_ms)
 
+    def fronted(self, num_rows: int, elapsed_ms: float) -> None:
+        """The front took this long for so many rows."""
+        if num_rows:
+            self._front_row.add(elapsed_ms / num_rows)
+
     @property
     def step_ms(self) -> float | None:
         """One drafted token; None: not seen yet."""
         return self._step.mean
+
+    @property
+    def front_row_ms(self) -> float | None:
+        """One token through the front of a split target; None: not seen yet."""
+        return self._front_row.mean
 
 
 class AcceptanceEstimate:
@@ -274,6 +285,10 @@ class Estimates:
             else:
                 self.link.heard(now_s)
                 self.cloud.streamed(cost)
+
+    def of_another_target(self) -> Estimates:
+        """For a target whose passes and choices are others, on the same device and link."""
+        return Estimates(self.link, CloudEstimate(), self.device, AcceptanceEstimate())
 
     @classmethod
     def unknown(cls) -> Estimates:

@@ -158,6 +158,7 @@ class _Flight:
     start: int  # tokens before the draft
     draft_ids: list[int]
     sent_s: float
+    mode: Mode
     verdict: Verdict | None = None  # it has come before the verdict on which it depends
     hedged: bool = False
 
@@ -230,6 +231,7 @@ class Pilot:
         self._version = 0  # of the tail: a guess made on an earlier one is void
         self._num_right = 0  # guesses in a row
         self._opened = False  # the target has read the prompt
+        self._flown: Mode = "speculative"  # of the latest flight
         self._may_chain = True  # no flight was refused since the last verdict
         self._resting_until_s: float | None = None
         self._lost = False
@@ -281,7 +283,7 @@ class Pilot:
         self._heard()
         flight = next((flight for flight in self._flights if flight.call == call), None)
         if flight is None:  # nobody waits for it; what it took is counted all the same
-            self.steps.append(Round([], "speculative", "final", cost=verdict.cost))
+            self.steps.append(Round([], self._flown, "final", cost=verdict.cost))
             return
         flight.verdict = verdict
         while self._flights and (first := self._flights[0]).verdict is not None and not self.finished:
@@ -289,7 +291,7 @@ class Pilot:
             self._may_chain = True
             accepted = first.draft_ids[: first.verdict.num_accepted]
             ids = [*accepted, first.verdict.next_token_id]
-            self._settle(first.start, ids, "speculative", first.verdict.cost, len(first.draft_ids), first.verdict.num_accepted)
+            self._settle(first.start, ids, first.mode, first.verdict.cost, len(first.draft_ids), first.verdict.num_accepted)
 
     def _take_streamed(self, call: int, start: int, token_ids: list[int], cost: CallCost, now_s: float) -> None:
         self._heard()
@@ -433,7 +435,8 @@ class Pilot:
             if last and not draft and self._backlog:
                 return
             call = next(self._calls)
-            self._flights.append(_Flight(call, start, draft, now_s))
+            self._flights.append(_Flight(call, start, draft, now_s, plan.mode))
+            self._flown = plan.mode
             self.actions.append(Verify(call, self.tokens + self.tail[:base], draft, start if last else None))
 
     def _draft(self, plan: Plan, late: bool) -> None:

@@ -53,7 +53,7 @@ class Cloud:
     """A connection to one verification service. Opens nothing until the first call.
 
     `pair_hash` (codec.pair_hash) says whom every request means; 0: whatever is served. `token` says who asks. With `insecure`
-    it may leave this machine unencrypted.
+    it may leave this machine unencrypted. No reply above `max_reply_bytes` is taken.
 
     Raises:
         ConfigError: the address is not HOST:PORT, a certificate cannot be read, or the token could be read on its way.
@@ -68,12 +68,14 @@ class Cloud:
         *,
         token: str | None = None,
         insecure: bool = False,
+        max_reply_bytes: int = 1 << 22,
     ) -> None:
         host, _, port = address.rpartition(":")
         if not host or not port.isdigit() or not 0 < int(port) < 65536:
             raise ConfigError(f"cloud is {address!r}; it takes HOST:PORT")
         self.address = address
         self.timeout = timeout
+        self._max_reply_bytes = max_reply_bytes
         self.pair_hash = pair_hash
         self.metadata = None if token is None else ((codec.AUTHORIZATION_KEY, f"Bearer {_check_token(token)}"),)
         if token is not None and tls is None and not insecure and not is_loopback(host):
@@ -93,12 +95,19 @@ class Cloud:
             ("grpc.keepalive_time_ms", 10_000),
             ("grpc.keepalive_timeout_ms", 10_000),
             ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.max_receive_message_length", self._max_reply_bytes),
         ]
         if self._credentials is None:
             self._channel = grpc.insecure_channel(self.address, options)
         else:
             self._channel = grpc.secure_channel(self.address, self._credentials, options)
         self.stub = pb_grpc.VerificationStub(self._channel)
+        # On the wire the same as a method with one reply; but so gRPC shows what comes before the reply, when it comes.
+        self.infer: Any = self._channel.unary_stream(
+            f"/{codec.SERVICE_NAME}/Infer",
+            request_serializer=pb.InferRequest.SerializeToString,
+            response_deserializer=pb.InferReply.FromString,
+        )
 
     def warm(self) -> None:
         """Connect, or wake the radio, without waiting. Whatever comes of it, the next call will see."""
@@ -131,7 +140,7 @@ class Cloud:
             if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
                 words = f"nothing answers at {self.address} within {self.timeout.connect_s:g} s; is `edgecloud serve` running?"
                 raise CloudUnavailableError(words) from error
-            raise _map(error, self.address) from error
+            raise map_error(error, self.address) from error
         if reply.protocol_version != codec.PROTOCOL_VERSION:
             raise ProtocolError(
                 f"{self.address} speaks protocol version {reply.protocol_version}, this client {codec.PROTOCOL_VERSION}; "
@@ -149,6 +158,10 @@ class Cloud:
             exact=reply.exact,
             max_context_tokens=reply.limits.max_context_tokens,
             max_draft_tokens=reply.limits.max_draft_tokens,
+            max_message_bytes=reply.limits.max_message_bytes,
+            tail_cuts=tuple(reply.tail_cuts),
+            boundary_codecs=tuple(reply.boundary_codecs),
+            graph_cuts=tuple(reply.graph_cuts),
         )
 
     def heard(self, reply: pb.DescribeReply | pb.VerifyReply | pb.DecodeReply) -> None:
@@ -169,8 +182,8 @@ class Cloud:
         self._channel.close()
 
 
-class RemoteVerifier:
-    """Implements `protocols.Verifier` over one session of a service.
+class ServiceSession:
+    """A session of a service: who it is, and what the service is known to have of it.
 
     `deadline_s` is a `time.monotonic()` after which calls raise DeadlineExceededError; None: no limit.
     """
@@ -182,6 +195,54 @@ class RemoteVerifier:
         self._server_tokens: list[int] = []  # what the service has of this session
         self._opened = False
         self._lock = threading.Lock()  # `release` may come from another thread than the calls
+
+    @property
+    def address(self) -> str:
+        """Of the service."""
+        return self._cloud.address
+
+    @property
+    def load(self) -> ServiceLoad | None:
+        """The service's, as of its latest reply."""
+        return self._cloud.load
+
+    def release(self) -> None:
+        """Tell the service, without waiting for it."""
+        with self._lock:
+            if self._opened:
+                self._opened = False
+                self._cloud.release(self._session_id)
+
+    def attempt_s(self) -> float:
+        """How long one attempt may take. A stream cut off by it is simply resumed."""
+        if self.deadline_s is None:
+            return self._cloud.timeout.request_s
+        return max(0.0, min(self._cloud.timeout.request_s, self.deadline_s - time.monotonic()))
+
+    def retry(self) -> Retry:
+        """A fresh budget for one call."""
+        return Retry(self._cloud.timeout, self.deadline_s, self._cloud.address)
+
+    def settled(self, tokens: list[int], reply: pb.VerifyReply | pb.DecodeReply) -> None:
+        """The service has these tokens now."""
+        self._server_tokens = tokens
+        self._cloud.heard(reply)
+
+    def check(self, draft_ids: list[int], reply: pb.VerifyReply) -> None:
+        """Raises ProtocolError: the reply makes no sense."""
+        if reply.num_accepted > len(draft_ids):
+            raise ProtocolError(f"the service accepted {reply.num_accepted} of {len(draft_ids)} draft tokens")
+
+    def learned(self, error: grpc.RpcError, *, conditional: bool = False) -> CloudError:
+        """What a failure says; a refusal also of what the service has, unless it was assumed to have more than it was told."""
+        mapped = map_error(error, self._cloud.address)
+        if isinstance(mapped, ContextMissingError) and not conditional:
+            self._server_tokens = self._server_tokens[: mapped.cached_length]
+        return mapped
+
+
+class RemoteVerifier(ServiceSession):
+    """Implements `protocols.Verifier`: only ids travel."""
 
     def submit(self, tokens: Sequence[int], draft_ids: Sequence[int], sampling: SamplingSettings) -> PendingVerify:
         """Send a draft now; `result()` of what is returned waits for the verdict."""
@@ -225,23 +286,6 @@ class RemoteVerifier:
         call = self._cloud.stub.Decode(request, timeout=self.attempt_s(), metadata=self._cloud.metadata)
         return TokenStream(self, call, list(tokens), request.ByteSize())
 
-    @property
-    def address(self) -> str:
-        """Of the service."""
-        return self._cloud.address
-
-    @property
-    def load(self) -> ServiceLoad | None:
-        """The service's, as of its latest reply."""
-        return self._cloud.load
-
-    def release(self) -> None:
-        """Tell the service, without waiting for it."""
-        with self._lock:
-            if self._opened:
-                self._opened = False
-                self._cloud.release(self._session_id)
-
     def context(self, tokens: list[int], num_assumed: int | None = None) -> dict[str, Any]:
         """Context fields of a request: only what the service may lack, or what it will lack if it has the first `num_assumed`."""
         start = common_prefix(self._server_tokens, tokens) if num_assumed is None else num_assumed
@@ -264,34 +308,11 @@ class RemoteVerifier:
         """Send it."""
         return self._cloud.stub.Verify.future(request, timeout=self.attempt_s(), metadata=self._cloud.metadata)
 
-    def attempt_s(self) -> float:
-        """How long one attempt may take. A stream cut off by it is simply resumed."""
-        if self.deadline_s is None:
-            return self._cloud.timeout.request_s
-        return max(0.0, min(self._cloud.timeout.request_s, self.deadline_s - time.monotonic()))
-
-    def retry(self) -> Retry:
-        """A fresh budget for one call."""
-        return Retry(self._cloud.timeout, self.deadline_s, self._cloud.address)
-
-    def settled(self, tokens: list[int], reply: pb.VerifyReply | pb.DecodeReply) -> None:
-        """The service has these tokens now."""
-        self._server_tokens = tokens
-        self._cloud.heard(reply)
-
     def judged(self, tokens: list[int], draft_ids: list[int], reply: pb.VerifyReply, cost: CallCost) -> Verdict:
         """A reply as a verdict. Raises ProtocolError: it makes no sense."""
-        if reply.num_accepted > len(draft_ids):
-            raise ProtocolError(f"the service accepted {reply.num_accepted} of {len(draft_ids)} draft tokens")
+        self.check(draft_ids, reply)
         self.settled([*tokens, *draft_ids[: reply.num_accepted], reply.next_token_id], reply)
         return Verdict(reply.num_accepted, reply.next_token_id, cost)
-
-    def learned(self, error: grpc.RpcError, *, conditional: bool = False) -> CloudError:
-        """What a failure says; a refusal also of what the service has, unless it was assumed to have more than it was told."""
-        mapped = _map(error, self._cloud.address)
-        if isinstance(mapped, ContextMissingError) and not conditional:
-            self._server_tokens = self._server_tokens[: mapped.cached_length]
-        return mapped
 
 
 class PendingVerify:
@@ -368,7 +389,7 @@ def cost_of(reply: pb.VerifyReply | pb.DecodeReply, elapsed_s: float, uplink_byt
     )
 
 
-def _map(error: grpc.RpcError, address: str) -> CloudError:
+def map_error(error: grpc.RpcError, address: str) -> CloudError:
     """The one place where gRPC's codes become our errors."""
     code, words = error.code(), _words(error)
     detail = pb.ErrorDetail()
@@ -390,7 +411,7 @@ def _map(error: grpc.RpcError, address: str) -> CloudError:
         case grpc.StatusCode.UNAUTHENTICATED:
             return CloudAuthError(f"{address}: {words}")
         case grpc.StatusCode.UNIMPLEMENTED:
-            return ProtocolError(f"{address} is no edgecloud verification service")
+            return ProtocolError(f"{address} is no edgecloud verification service that does this: {words}")
         case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.DEADLINE_EXCEEDED | grpc.StatusCode.CANCELLED:
             return CloudUnavailableError(f"{address} does not answer ({words}); is `edgecloud serve` running?")
         case grpc.StatusCode.INTERNAL | grpc.StatusCode.UNKNOWN:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from edgecloud.edge.remote import Cloud, RemoteVerifier
+from edgecloud.edge.tail import TailSession
 from edgecloud.errors import CloudError, CloudOverloadedError, CloudUnavailableError
 from edgecloud.types import Preference, Service, ServiceLoad
 
@@ -44,6 +45,11 @@ class Replicas:
         if self._preference == "latency":
             return min(closed, key=lambda replica: (replica.handshake_ms is None, replica.handshake_ms)).cloud
         return closed[0].cloud
+
+    def working(self, now_s: float) -> Cloud | None:
+        """The one to ask, unless all have failed lately."""
+        cloud = self.choose(now_s)
+        return cloud if cloud is not None and self._of(cloud).passed_over_until_s <= now_s else None
 
     def failed(self, cloud: Cloud, now_s: float) -> None:
         """A call has come to nothing: others are preferred for a while."""
@@ -131,6 +137,7 @@ class RemoteSession:
         self.replicas = replicas
         self.deadline_s: float | None = None
         self._sessions: dict[Cloud, RemoteVerifier] = {}
+        self._tails: dict[Cloud, TailSession] = {}  # of mode `split`
 
     def on(self, cloud: Cloud) -> RemoteVerifier:
         """The session of this service."""
@@ -140,7 +147,15 @@ class RemoteSession:
         session.deadline_s = self.deadline_s
         return session
 
+    def tail_on(self, cloud: Cloud, cut: int, codec_name: str, max_message_bytes: int) -> TailSession:
+        """The session of this service that holds rows instead of ids."""
+        if cloud not in self._tails:
+            self._tails[cloud] = TailSession(cloud, cut, codec_name, max_message_bytes)
+        session = self._tails[cloud]
+        session.deadline_s = self.deadline_s
+        return session
+
     def release(self) -> None:
         """Tell the services, without waiting for them."""
-        for session in list(self._sessions.values()):
+        for session in [*self._sessions.values(), *self._tails.values()]:
             session.release()

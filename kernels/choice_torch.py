@@ -21,10 +21,16 @@ NUCLEUS_GUESS = 512  # tokens that nearly always hold top_p; when they do not, a
 
 @dataclass(frozen=True, slots=True)
 class ChoiceRow:
-    """Row i of the logits: the tokens it follows (their number is the position) and how to choose."""
+    """Row i of the logits: the tokens it follows and how to choose."""
 
-    tokens: Sequence[int]  # all tokens before the one to choose
+    tokens: Sequence[int]  # all tokens before the one to choose; none where they are not known: then there is no penalty for them
     sampling: SamplingSettings
+    num_unknown: int = 0  # tokens before it that are not known
+
+    @property
+    def position(self) -> int:
+        """Of the token to choose."""
+        return len(self.tokens) + self.num_unknown
 
 
 def gumbel(seed: int, position: int, vocab_size: int, device: torch.device) -> Tensor:
@@ -80,7 +86,7 @@ def nucleus_border(logits: Tensor, temperature: float, top_p: float) -> tuple[Te
 def _sample(logits: Tensor, row: ChoiceRow) -> Tensor:
     sampling = row.sampling
     logits = penalized(logits, row)
-    position = len(row.tokens)
+    position = row.position
     ids = None
     if 0 < sampling.top_k < len(logits):
         ids = (logits >= torch.topk(logits, sampling.top_k).values[-1]).nonzero()[:, 0]

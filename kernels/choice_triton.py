@@ -30,7 +30,7 @@ def choose(logits: Tensor, rows: Sequence[ChoiceRow]) -> list[int]:
     num_rows, vocab_size = logits.shape
     borders = [_border(logits[i], row.sampling) for i, row in enumerate(rows)]
     seeds = np.array([row.sampling.seed for row in rows], np.uint64).view(np.int64).tolist()
-    integers = [(seed, len(row.tokens), last) for seed, row, (_, last) in zip(seeds, rows, borders, strict=True)]
+    integers = [(seed, row.position, last) for seed, row, (_, last) in zip(seeds, rows, borders, strict=True)]
     reals = [(row.sampling.temperature, lowest) for row, (lowest, _) in zip(rows, borders, strict=True)]
     num_chunks = triton.cdiv(vocab_size, CHUNK)
     scores = logits.new_empty(num_rows, num_chunks, dtype=torch.float64)

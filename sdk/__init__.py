@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from edgecloud.errors import (
         BundleCorruptError,
         BundleError,
+        BundleKindError,
         BundleNotFoundError,
         BundleVersionError,
         CloudAuthError,
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
         ServerError,
         TokenizerMismatchError,
     )
+    from edgecloud.graph_bundle import GraphBundle
+    from edgecloud.inference import InferenceMetrics, InferenceReply
     from edgecloud.sampling import SamplingSettings
     from edgecloud.session import Session
     from edgecloud.types import CloudBack, CloudLost, Metrics, ModeChanged, ModeSpan, Reply, Retract, Service, TokenEvent, Usage
@@ -48,6 +51,7 @@ _HOMES = {
     "Bundle": "bundle",
     "BundleCorruptError": "errors",
     "BundleError": "errors",
+    "BundleKindError": "errors",
     "BundleNotFoundError": "errors",
     "BundleVersionError": "errors",
     "Client": "client",
@@ -63,6 +67,9 @@ _HOMES = {
     "DeadlineExceededError": "errors",
     "EdgecloudError": "errors",
     "FetchError": "errors",
+    "InferenceMetrics": "inference",
+    "InferenceReply": "inference",
+    "GraphBundle": "graph_bundle",
     "Metrics": "types",
     "ModeChanged": "types",
     "ModeSpan": "types",
@@ -89,6 +96,7 @@ __all__ = [
     "Bundle",
     "BundleCorruptError",
     "BundleError",
+    "BundleKindError",
     "BundleNotFoundError",
     "BundleVersionError",
     "Client",
@@ -104,6 +112,9 @@ __all__ = [
     "DeadlineExceededError",
     "EdgecloudError",
     "FetchError",
+    "GraphBundle",
+    "InferenceMetrics",
+    "InferenceReply",
     "Metrics",
     "ModeChanged",
     "ModeSpan",

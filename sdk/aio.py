@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Unpack
+from functools import partial
+from typing import TYPE_CHECKING, Any, Unpack
 
 from edgecloud.client import Client
 from edgecloud.generation import GenerationStream
 from edgecloud.options import GenerationKeywords, Prompt
 from edgecloud.session import Session
 from edgecloud.types import Event, Reply, Service
+
+if TYPE_CHECKING:
+    from edgecloud.inference import InferenceReply
+    from edgecloud.tensors import Array
+
+MAX_RUNS = 8  # of a graph, side by side
 
 
 class AsyncClient:
@@ -22,6 +29,7 @@ class AsyncClient:
         self._client = Client(bundle, cloud, **options)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="edgecloud")
         self._turn = asyncio.Lock()  # generations take turns on the one thread
+        self._runs = ThreadPoolExecutor(MAX_RUNS, thread_name_prefix="edgecloud-run")  # no thread is started before it is needed
 
     async def generate(self, prompt: Prompt, *, raw: bool = False, **options: Unpack[GenerationKeywords]) -> Reply:
         """As `Client.generate`."""
@@ -30,6 +38,11 @@ class AsyncClient:
     def stream(self, prompt: Prompt, *, raw: bool = False, **options: Unpack[GenerationKeywords]) -> AsyncStream:
         """As `Client.stream`: `async for event in client.stream(...)`."""
         return AsyncStream(self._thread, self._turn, lambda: self._client.stream(prompt, raw=raw, **options))
+
+    async def run(self, inputs: Mapping[str, Array], *, mode: str = "auto", deadline_s: float | None = None) -> InferenceReply:
+        """As `Client.run`; some run side by side."""
+        run = partial(self._client.run, inputs, mode=mode, deadline_s=deadline_s)
+        return await asyncio.get_running_loop().run_in_executor(self._runs, run)
 
     def session(self, system: str | None = None) -> AsyncSession:
         """As `Client.session`."""
@@ -47,6 +60,7 @@ class AsyncClient:
         """As `Client.close`, after the generation under way."""
         await asyncio.get_running_loop().run_in_executor(self._thread, self._client.close)
         self._thread.shutdown(wait=False)
+        self._runs.shutdown(wait=False)
 
     async def __aenter__(self) -> AsyncClient:
         return self

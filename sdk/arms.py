@@ -16,13 +16,13 @@ class Arm:
 
     name: str
     mode: ModeChoice
-    num_draft_tokens: int | None = None  # of mode speculative
+    num_draft_tokens: int | None = None  # of modes speculative and split
     objective: Objective | None = None  # of mode auto
 
     @property
     def verified(self) -> bool:
-        """Whether its text is the target's."""
-        return self.mode != "edge"
+        """Whether its text is the target's; that of `split` is the split target's."""
+        return self.mode not in {"edge", "split"}
 
     @property
     def fixed(self) -> bool:
@@ -36,7 +36,7 @@ class Arm:
 
 
 def parse_arms(text: str) -> list[Arm]:
-    """`cloud`, `speculative:K`, `auto`, `auto:OBJECTIVE`, `edge`, between commas. Raises ConfigError."""
+    """`cloud`, `speculative:K`, `split:K`, `auto`, `auto:OBJECTIVE`, `edge`, between commas. Raises ConfigError."""
     arms = [_parse_arm(word.strip()) for word in text.split(",")]
     check_distinct("--modes", [arm.name for arm in arms])
     if not any(arm.mode == "cloud" for arm in arms):
@@ -56,9 +56,9 @@ def _parse_arm(word: str) -> Arm:
     match mode:
         case "cloud" | "edge" if not colon:
             return Arm(word, mode)
-        case "speculative" if not colon:
+        case "speculative" | "split" if not colon:
             return Arm(word, mode)
-        case "speculative" if detail.isdecimal() and 1 <= int(detail) <= 64:
+        case "speculative" | "split" if detail.isdecimal() and 1 <= int(detail) <= 64:
             return Arm(word, mode, num_draft_tokens=int(detail))
         case "auto" if not colon:
             return Arm(word, mode)
@@ -66,5 +66,5 @@ def _parse_arm(word: str) -> Arm:
             for objective in get_args(Objective):
                 if detail == objective:
                     return Arm(word, mode, objective=objective)
-    known = f"cloud, speculative:K (K from 1 to 64), auto, auto:OBJECTIVE ({', '.join(get_args(Objective))}), edge"
+    known = f"cloud, speculative:K, split:K (K from 1 to 64), auto, auto:OBJECTIVE ({', '.join(get_args(Objective))}), edge"
     raise ConfigError(f"--modes has {word!r}; it takes {known}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack, get_args
@@ -15,7 +15,6 @@ from edgecloud.edge.collaborate import collaborate
 from edgecloud.edge.controller import Controller
 from edgecloud.edge.estimates import Estimates, LinkEstimate
 from edgecloud.edge.local import decode_locally
-from edgecloud.edge.patience import EstimatedPatience
 from edgecloud.edge.pilot import Pilot, Step
 from edgecloud.edge.plan import Fixed, Plan, Planner
 from edgecloud.edge.remote import TLS, Cloud
@@ -28,19 +27,27 @@ from edgecloud.errors import (
     ModelMismatchError,
 )
 from edgecloud.generation import Generation, GenerationStream
+from edgecloud.manifest import bundle_kind
 from edgecloud.options import GenerationKeywords, GenerationOptions, Prompt, check_fits, check_messages, check_whole
 from edgecloud.protocols import Drafter
 from edgecloud.rpc.codec import pair_hash
 from edgecloud.session import Session
 from edgecloud.turn import Turn
 from edgecloud.types import Event, Guess, ModeChanged, Preference, Reply, Round, Service
+from edgecloud.way import Way, check_split, check_tail, split_way, whole_way
 
 if TYPE_CHECKING:
+    from edgecloud.bundle import FrontInfo
+    from edgecloud.edge.front_rows import FrontRows
     from edgecloud.edge.tokenizer import ChatTokenizer
+    from edgecloud.graph_bundle import GraphBundle
+    from edgecloud.graph_client import GraphClient
+    from edgecloud.inference import InferenceReply
+    from edgecloud.tensors import Array
 
 
 class Client:
-    """Generates text with the models of a bundle. A context manager.
+    """Generates text with the models of a bundle, or runs its cut graph. A context manager.
 
     Generations take turns on the device's one cache; in mode `cloud`, which does not use it, they run side by side.
 
@@ -57,6 +64,7 @@ class Client:
         num_draft_tokens: tokens drafted a round in mode `speculative`.
         num_threads: of ONNX Runtime; 0: as many as this process may use.
         max_context_tokens: longest sequence the device keeps; 0: as the bundle says.
+        max_ram_mb: MiB that loaded parts of a graph may take, as the bundle estimates them; 0: no limit.
     """
 
     def __init__(
@@ -72,6 +80,7 @@ class Client:
         num_draft_tokens: int = 4,
         num_threads: int = 0,
         max_context_tokens: int = 0,
+        max_ram_mb: int = 0,
     ) -> None:
         self._path = Path(bundle)
         self._addresses = [] if cloud is None else [cloud] if isinstance(cloud, str) else list(cloud)
@@ -85,12 +94,17 @@ class Client:
         self._num_draft_tokens = check_whole("num_draft_tokens", num_draft_tokens, 1, 64)
         self._num_threads = check_whole("num_threads", num_threads, 0) or len(os.sched_getaffinity(0))
         self._max_context_tokens = check_whole("max_context_tokens", max_context_tokens, 0)
+        self._max_ram_bytes = check_whole("max_ram_mb", max_ram_mb, 0) << 20
         self._bundle: Bundle | None = None
+        self._graph_bundle: GraphBundle | None = None
+        self._graph_client: GraphClient | None = None
         self._tokenizer: ChatTokenizer | None = None
         self._drafter: Drafter | None = None
         self._replicas: Replicas | None = None
         self._service: Service | None = None
+        self._front: FrontRows | None = None
         self._estimates = Estimates.unknown()
+        self._split_estimates = self._estimates.of_another_target()
         self._loading = threading.RLock()
         self._turn = Turn()
         self._closed = False
@@ -100,7 +114,7 @@ class Client:
 
         Options, with their defaults (names as in `transformers.GenerationConfig`):
             max_new_tokens=256, temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0, seed=0, stop_strings=(),
-            mode="auto" ("edge", "cloud", "speculative"), num_draft_tokens (the client's),
+            mode="auto" ("edge", "cloud", "speculative", "split"), num_draft_tokens (the client's),
             deadline_s=None: seconds that the whole generation may take,
             raw=False: encode the string as it is, without the chat template.
 
@@ -125,6 +139,23 @@ class Client:
             tokens = self.tokenizer.encode_chat(check_messages(prompt))
         return self.start(tokens, None, **options)
 
+    def run(self, inputs: Mapping[str, Array], *, mode: str = "auto", deadline_s: float | None = None) -> InferenceReply:
+        """Run a cut graph: `client.run({"input": array})["output"]`. Runs of several threads go on side by side.
+
+        Args:
+            inputs: an array for every input of the graph, of its dtype and shape.
+            mode: `auto`: at every call the cut that promises to be fastest; without an answer from the cloud the device computes it
+                all, if the bundle has the whole graph for it, and `reply.fell_back` says why. `edge`, `cloud`, or the name of a
+                cut: that one. `split`: the best of the cuts that both have a part in.
+            deadline_s: seconds that the run may take. What the device computes itself is not cut short.
+
+        Raises:
+            ConfigError: inputs or mode cannot work. BundleError: the bundle cannot be used; BundleKindError: it is one for text.
+            ModelMismatchError: the service runs another graph, or other cuts of it.
+            CloudError: the cloud could not answer, and nobody could stand in.
+        """
+        return self._graph().run(inputs, mode, deadline_s)
+
     def session(self, system: str | None = None) -> Session:
         """A conversation that keeps its tokens and caches between turns."""
         remote = RemoteSession(self._connection()) if self._addresses else None
@@ -141,8 +172,7 @@ class Client:
             CloudAuthError: it does not know the token.
         """
         if self._service is None:
-            bundle = self.bundle
-            self._service = self._connection().describe(lambda service, at: _check_pair(bundle, service, at), wait=wait)
+            self._service = self._connection().describe(self._check_service, wait=wait)
         return self._service
 
     def notify_network_changed(self) -> None:
@@ -150,9 +180,11 @@ class Client:
 
         A generation under way goes on by itself, wherever it was.
         """
-        self._estimates.link = LinkEstimate()
+        self._estimates.link = self._split_estimates.link = LinkEstimate()
         if self._replicas is not None:
             self._replicas.reconnect()
+        if self._graph_client is not None:
+            self._graph_client.network_changed(self._estimates.link)
 
     @property
     def bundle(self) -> Bundle:
@@ -163,6 +195,18 @@ class Client:
                 bundle.verify_files("edge")
                 self._bundle = bundle
             return self._bundle
+
+    @property
+    def graph_bundle(self) -> GraphBundle:
+        """The manifest of a graph bundle, its device files checked. Raises BundleError."""
+        with self._loading:
+            if self._graph_bundle is None:
+                from edgecloud.graph_bundle import GraphBundle
+
+                bundle = GraphBundle.open(self._path)
+                bundle.verify_files("edge")
+                self._graph_bundle = bundle
+            return self._graph_bundle
 
     @property
     def tokenizer(self) -> ChatTokenizer:
@@ -195,7 +239,9 @@ class Client:
         self._closed = True
         if self._replicas is not None:
             self._replicas.close()
-        self._replicas = self._drafter = None
+        if self._graph_client is not None:
+            self._graph_client.close()
+        self._replicas = self._drafter = self._front = self._graph_client = None
 
     def __enter__(self) -> Client:
         return self
@@ -216,8 +262,10 @@ class Client:
         A given `remote` session stays open afterwards; without one, one is made and released.
         """
         options = GenerationOptions.from_keywords(keywords, self._num_draft_tokens)
-        if options.mode in {"cloud", "speculative"} and not self._addresses:
+        if options.mode in {"cloud", "speculative", "split"} and not self._addresses:
             raise ConfigError(f"mode {options.mode!r} needs a cloud; give HOST:PORT")
+        if options.mode == "split":
+            check_split(options, self.bundle)  # before anything is started
         check_fits(len(tokens), options.max_new_tokens, self._window(), "context window")
         generation = Generation(
             len(tokens),
@@ -267,8 +315,10 @@ class Client:
         remote.deadline_s = end_s
         stop_token_ids = self.bundle.tokenizer.eos_token_ids
         try:
-            pilot, meet = self._pilot(tokens, options, end_s)
-            yield from collaborate(pilot, self._device(), remote, options.sampling, stop_token_ids, self._estimates, meet)
+            way = self._way(options)
+            pilot, meet = self._pilot(tokens, options, end_s, way)
+            device, sampling = self._device(), options.sampling
+            yield from collaborate(pilot, device, remote, sampling, stop_token_ids, way.estimates, meet, way.new_courier)
         except ModelMismatchError:  # another model was started at that address since the handshake
             self._service = None
             self.describe()  # names both fingerprints
@@ -277,16 +327,25 @@ class Client:
             if given is None:
                 remote.release()
 
-    def _pilot(self, tokens: list[int], options: GenerationOptions, end_s: float | None) -> tuple[Pilot, Callable[[], int]]:
+    def _way(self, options: GenerationOptions) -> Way:
+        if options.mode != "split":
+            return whole_way(self._estimates, time.monotonic())
+        front, service = check_split(options, self.bundle), self.describe()
+        check_tail(front, service, self._connection().address)
+        return split_way(self._front_rows(front), self._split_estimates, service, time.monotonic())
+
+    def _pilot(
+        self, tokens: list[int], options: GenerationOptions, end_s: float | None, way: Way
+    ) -> tuple[Pilot, Callable[[], int]]:
         """Who decides in a generation that both machines work on, and how the handshake is made."""
-        service, estimates = self._service, self._estimates
+        service, estimates = self._service, way.estimates
         planner: Planner
         if options.mode == "auto":
             planner = Controller(estimates, options.objective)
         elif options.mode == "cloud":
             planner = Fixed(Plan("cloud", 0, num_shadow_tokens=0))
         else:
-            planner = Fixed(Plan("speculative", options.num_draft_tokens))
+            planner = Fixed(Plan(options.mode, options.num_draft_tokens))
 
         def meet() -> int:
             met = self._check_window(tokens, options, wait=False)
@@ -303,7 +362,7 @@ class Client:
             tokens,
             planner,
             Retry(self._timeout, end_s, self._connection().address),
-            EstimatedPatience(estimates, time.monotonic()),
+            way.patience,
             estimates.acceptance,
             max_new_tokens=options.max_new_tokens,
             stop_token_ids=self.bundle.tokenizer.eos_token_ids,
@@ -340,13 +399,52 @@ class Client:
             if not self._addresses:
                 raise ConfigError("this client has no cloud; give HOST:PORT")
             if self._replicas is None:
-                meant = pair_hash(self.bundle.target.fingerprint, self.bundle.tokenizer.fingerprint)
-                clouds = [
-                    Cloud(address, self._tls, self._timeout, meant, token=self._token, insecure=self._insecure)
-                    for address in self._addresses
-                ]
-                self._replicas = Replicas(clouds, self._prefer)
+                self._replicas = Replicas([self._cloud(address) for address in self._addresses], self._prefer)
             return self._replicas
+
+    def _front_rows(self, info: FrontInfo) -> FrontRows:
+        with self._loading:
+            if self._front is None:
+                from edgecloud.edge.front import FrontModel
+                from edgecloud.edge.front_rows import FrontRows
+
+                model = FrontModel(self.bundle.file(info.model), self._window(), self._num_threads)
+                self._front = FrontRows(model, info.cut, info.codec)
+            return self._front
+
+    def _cloud(self, address: str) -> Cloud:
+        if bundle_kind(self._path) == "text":
+            meant = pair_hash(self.bundle.target.fingerprint, self.bundle.tokenizer.fingerprint)
+            return Cloud(address, self._tls, self._timeout, meant, token=self._token, insecure=self._insecure)
+        from edgecloud.edge.graph_remote import MAX_REPLY_BYTES
+
+        secret, insecure = self._token, self._insecure
+        return Cloud(address, self._tls, self._timeout, token=secret, insecure=insecure, max_reply_bytes=MAX_REPLY_BYTES)
+
+    def _check_service(self, service: Service, address: str) -> None:
+        """Refuse one that does not run what the bundle was made for. Raises ModelMismatchError."""
+        if bundle_kind(self._path) == "text":
+            _check_pair(self.bundle, service, address)
+        else:
+            _check_graph(self.graph_bundle, service, address)
+
+    def _graph(self) -> GraphClient:
+        with self._loading:
+            if self._closed:
+                raise ConfigError("this client is closed; make another")
+            if self._graph_client is None:
+                from edgecloud.graph_client import GraphClient
+
+                self._graph_client = GraphClient(
+                    self.graph_bundle,
+                    self._connection if self._addresses else None,
+                    self._check_service,
+                    timeout=self._timeout,
+                    link=self._estimates.link,
+                    num_threads=self._num_threads,
+                    max_ram_bytes=self._max_ram_bytes or None,
+                )
+            return self._graph_client
 
     def _device(self) -> Drafter:
         with self._loading:
@@ -372,3 +470,12 @@ def _check_pair(bundle: Bundle, service: Service, address: str) -> None:
                 f"{address} serves {service.model_name} with {what} fingerprint {theirs}, the bundle {bundle.path} was made for "
                 f"{bundle.target.name} with {ours}; serve that bundle, or make one for this target"
             )
+
+
+def _check_graph(bundle: GraphBundle, service: Service, address: str) -> None:
+    """The same for a graph. Raises ModelMismatchError."""
+    if service.model_fingerprint != bundle.graph.fingerprint:
+        raise ModelMismatchError(
+            f"{address} serves {service.model_name} with fingerprint {service.model_fingerprint}, the bundle {bundle.path} was "
+            f"made of {bundle.graph.name} with {bundle.graph.fingerprint}; serve that bundle, or make one of this graph"
+        )

@@ -7,6 +7,7 @@ EdgecloudError
 ├── BundleError                  a bundle cannot be used
 │   ├── BundleNotFoundError      no bundle at that path
 │   ├── BundleCorruptError       a file is missing, truncated or changed
+│   ├── BundleKindError          it holds a model pair where a cut graph is needed, or the other way round
 │   └── BundleVersionError       written by a newer edgecloud
 ├── ModelError                   a model folder cannot be used
 │   └── TokenizerMismatchError   draft and target do not share a tokenizer
@@ -62,6 +63,10 @@ class BundleNotFoundError(BundleError):
 
 class BundleCorruptError(BundleError):
     """A file of the bundle is missing, truncated or changed."""
+
+
+class BundleKindError(BundleError):
+    """The bundle holds a model pair where a cut ONNX graph is needed, or the other way round."""
 
 
 class BundleVersionError(BundleError):

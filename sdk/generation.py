@@ -190,6 +190,7 @@ class Generation:
             acceptance_histogram=[histogram[i] for i in range(longest + 1)] if drafted else [],
             target_passes=passes,
             target_passes_per_token=passes / num_tokens if num_tokens else 0.0,
+            cloud_compute_ms=sum(c.compute_ms for c in costs),
             uplink_bytes=sum(c.uplink_bytes for c in costs),
             downlink_bytes=sum(c.downlink_bytes for c in costs),
             num_unverified_tokens=self._num_unverified,

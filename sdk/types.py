@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-Mode = Literal["edge", "cloud", "speculative"]  # how a token came about
-ModeChoice = Literal["auto", "edge", "cloud", "speculative"]  # what a caller may ask for
+Mode = Literal["edge", "cloud", "speculative", "split"]  # how a token came about
+ModeChoice = Literal["auto", "edge", "cloud", "speculative", "split"]  # what a caller may ask for
 Objective = Literal["latency", "cost", "balanced", "offline-first"]  # what mode "auto" makes little of
 Preference = Literal["order", "latency"]  # of several services
 LossPolicy = Literal["continue", "wait", "fail"]  # what mode "auto" does when the cloud is silent
@@ -33,6 +33,10 @@ class CallCost:
     elapsed_ms: float = 0.0  # as the device saw it
     uplink_bytes: int = 0
     downlink_bytes: int = 0
+
+    def __add__(self, other: CallCost) -> CallCost:
+        """Both, one after the other."""
+        return CallCost(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(CallCost)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +137,7 @@ class Metrics:
     acceptance_histogram: list[int]  # [i]: rounds that accepted exactly i draft tokens
     target_passes: float
     target_passes_per_token: float
+    cloud_compute_ms: float  # of the passes that this request had a part in
     uplink_bytes: int
     downlink_bytes: int
     num_unverified_tokens: int
@@ -183,3 +188,7 @@ class Service:
     exact: str  # bitwise: logits depend on nothing but the tokens before; tolerance: to rounding, on what shares a pass
     max_context_tokens: int
     max_draft_tokens: int
+    max_message_bytes: int  # of a request
+    tail_cuts: tuple[int, ...] = ()  # numbers of layers that a device may run itself, in mode `split`; none: not with this service
+    boundary_codecs: tuple[str, ...] = ()  # how rows between front and tail may be encoded
+    graph_cuts: tuple[str, ...] = ()  # cuts of an ONNX graph that it takes; none: it serves a language model

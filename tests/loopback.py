@@ -102,7 +102,8 @@ def loopback(
 ) -> Iterator[Loopback]:
     """Serve `target` with production's engine, service and server, on a thread, until the context is left."""
     engine = Engine(target, **engine_options)
-    identity = Identity("0.0", target.folder.name, "m" * 64, "t" * 64, target.vocab_size, "float32", target.exact)
+    names = ("0.0", target.folder.name, "m" * 64, "t" * 64)
+    identity = Identity(*names, target.vocab_size, "float32", target.exact, target.width, target.tail_cuts)
     limits = Limits(engine.max_context_tokens, max_draft_tokens)
     loop = asyncio.new_event_loop()
     started = threading.Event()

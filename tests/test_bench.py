@@ -38,7 +38,7 @@ def reply_of(token_ids: list[int], mode: Mode = "cloud", **changes: Any) -> Repl
         "ttft_ms": 30.0, "tpot_ms": 10.0, "total_ms": 100.0, "rtt_ms": 5.0, "num_rounds": 0, "num_draft_tokens": 0,
         "num_accepted_tokens": 0, "mean_acceptance_length": 1.0, "acceptance_histogram": [], "target_passes": 4.0,
         "target_passes_per_token": 1.0, "uplink_bytes": 40, "downlink_bytes": 40, "num_unverified_tokens": 0,
-        "first_visible_ms": 10.0, "num_retracted_tokens": 0, **changes,
+        "first_visible_ms": 10.0, "num_retracted_tokens": 0, "cloud_compute_ms": 5.0, **changes,
     }  # fmt: skip
     timeline = [ModeSpan(0, "cloud", 0), ModeSpan(2, mode, 4 if mode == "speculative" else 0)]
     return Reply("", token_ids, "length", Usage(5, len(token_ids)), Metrics(**metrics), timeline)

@@ -36,7 +36,7 @@ def reply_of(token_ids: list[int], mode: Mode, **changes: Any) -> Reply:
         "ttft_ms": 100.0, "tpot_ms": TPOT_MS[mode], "total_ms": 1.0, "rtt_ms": None, "num_rounds": 0, "num_draft_tokens": 0,
         "num_accepted_tokens": 0, "mean_acceptance_length": 1.0, "acceptance_histogram": [], "target_passes": 0.0,
         "target_passes_per_token": 0.0, "uplink_bytes": 0, "downlink_bytes": 0, "num_unverified_tokens": 0,
-        "first_visible_ms": 50.0, "num_retracted_tokens": 0, **changes,
+        "first_visible_ms": 50.0, "num_retracted_tokens": 0, "cloud_compute_ms": 0.0, **changes,
     }  # fmt: skip
     return Reply("", token_ids, "length", Usage(5, len(token_ids)), Metrics(**metrics), [])
 

@@ -169,7 +169,7 @@ def test_reflection_lists_the_service_and_describes_its_messages(channel: grpc.C
     listed, described = reflect(iter(asked))
     assert codec.SERVICE_NAME in {service.name for service in listed.list_services_response.service}
     file = FileDescriptorProto.FromString(described.file_descriptor_response.file_descriptor_proto[0])
-    assert [method.name for method in file.service[0].method] == ["Describe", "Verify", "Decode", "Release"]
+    assert [method.name for method in file.service[0].method] == ["Describe", "Verify", "Decode", "Tail", "Infer", "Release"]
 
 
 # What it refuses: the code, and words that name the value
@@ -324,7 +324,7 @@ def test_a_call_that_ends_without_a_message_is_refused(channel: grpc.Channel, me
 
 
 def test_a_service_that_does_not_exist_is_unimplemented(channel: grpc.Channel) -> None:
-    assert refusal_of(lambda: raw(channel, "Tail", b"")).code == Code.UNIMPLEMENTED
+    assert refusal_of(lambda: raw(channel, "Nobody", b"")).code == Code.UNIMPLEMENTED
 
 
 def test_a_session_that_lacks_the_context_says_how_much_it_has(stub: pb_grpc.VerificationStub) -> None:

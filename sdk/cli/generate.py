@@ -40,7 +40,7 @@ def generate(
     repetition_penalty: Annotated[float, typer.Option(help="1: off.")] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text, in every mode.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="Stop string; may be given several times.")] = None,
-    num_draft_tokens: Annotated[int, typer.Option(help="Tokens drafted a round, in mode speculative.")] = 4,
+    num_draft_tokens: Annotated[int, typer.Option(help="Tokens drafted a round, in modes speculative and split.")] = 4,
     objective: Annotated[
         Objective,
         typer.Option(

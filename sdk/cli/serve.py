@@ -19,7 +19,9 @@ logger = logging.getLogger(__name__)
 @app.command()
 def serve(
     context: typer.Context,
-    model: Annotated[Path, typer.Argument(metavar="BUNDLE_OR_MODEL", help="A bundle, or a Hugging Face folder with safetensors.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="BUNDLE_OR_MODEL", help="A bundle (text or graph), or a Hugging Face folder with safetensors.")
+    ],
     host: Annotated[str, typer.Option(help="Address to listen on. Off loopback it takes TLS or --insecure.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes any free port and prints it.")] = 7070,
     dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16, float16.")] = "auto",
@@ -37,6 +39,12 @@ def serve(
     max_pass_tokens: Annotated[int, typer.Option(help="Most tokens of one pass; longer prompts take several.")] = 512,
     max_draft_tokens: Annotated[int, typer.Option(help="Longest draft a client may send.")] = 32,
     max_sessions: Annotated[int, typer.Option(help="Most sessions; idle ones make room.")] = 1024,
+    max_batch_rows: Annotated[int, typer.Option(help="Of a graph: most rows of a run that requests share. 1: none do.")] = 8,
+    batch_window_ms: Annotated[
+        float, typer.Option(help="Of a graph: how long a request waits for company that is expected.")
+    ] = 2.0,
+    max_underway_mb: Annotated[int, typer.Option(help="Of a graph: MiB that all requests under way may hold.")] = 512,
+    max_message_mb: Annotated[int, typer.Option(help="MiB of a message. 0: 1; of a graph, what some of its samples take.")] = 0,
     max_requests: Annotated[int, typer.Option(help="Most requests at a time.")] = 512,
     max_connection_requests: Annotated[int, typer.Option(help="Most requests at a time of one connection.")] = 256,
     max_connection_age_s: Annotated[float, typer.Option(help="Seconds until a client has to open its connection anew.")] = 3600.0,
@@ -57,7 +65,7 @@ def serve(
     print_config: PrintConfigFlag = False,
     json: JsonFlag = False,
 ) -> None:
-    """Serve the target model: verify drafts, decode, over gRPC."""
+    """Serve the target model (verify drafts, decode), or the cloud's part of a graph, over gRPC."""
     from edgecloud.cloud.logs import set_up_logs
     from edgecloud.cloud.server import ServerConfig, Serving
     from edgecloud.cloud.server import serve as serve_until_stopped
@@ -66,8 +74,9 @@ def serve(
         host=host, port=port, dtype=dtype, exact=exact, device=device, num_threads=threads,
         cache_bytes=cache_mb << 20, page_size=page_size,
         max_pass_tokens=max_pass_tokens, max_draft_tokens=max_draft_tokens, max_sessions=max_sessions, idle_s=idle_s,
+        max_batch_rows=max_batch_rows, batch_window_ms=batch_window_ms, max_underway_bytes=max_underway_mb << 20,
         max_requests=max_requests, max_connection_requests=max_connection_requests, max_connection_age_s=max_connection_age_s,
-        slow_reader_s=slow_reader_s, drain_s=drain_s, tokens_file=tokens_file,
+        max_message_bytes=max_message_mb << 20, slow_reader_s=slow_reader_s, drain_s=drain_s, tokens_file=tokens_file,
         metrics_port=metrics_port, tls_cert=tls_cert, tls_key=tls_key, client_ca=client_ca, insecure=insecure,
     )  # fmt: skip
     if print_config:
@@ -78,15 +87,12 @@ def serve(
     def on_serving(serving: Serving) -> None:
         if json:
             print_json(asdict(serving))
-        logger.info(
-            "serving %s (%s on %s, exact: %s, window %d tokens) on %s%s",
-            serving.model_name,
-            serving.dtype,
-            serving.device,
-            serving.exact,
-            serving.max_context_tokens,
-            serving.address,
-            "" if serving.tls else ", plaintext",
-        )
+        if serving.graph_cuts:
+            what = f"graph on {serving.device}, exact: {serving.exact}, cuts {', '.join(serving.graph_cuts)}"
+        else:
+            window = f"window {serving.max_context_tokens} tokens"
+            what = f"{serving.dtype} on {serving.device}, exact: {serving.exact}, {window}"
+        plaintext = "" if serving.tls else ", plaintext"
+        logger.info("serving %s (%s) on %s%s", serving.model_name, what, serving.address, plaintext)
 
     serve_until_stopped(model, server_config, on_serving)

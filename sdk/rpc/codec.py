@@ -36,6 +36,27 @@ def context_hash(tokens: Sequence[int]) -> int:
     return int.from_bytes(digest, "little")
 
 
+def row_keys(rows: bytes, row_bytes: int, cut: int, codec: str) -> list[int]:
+    """What stands for each row of a boundary tensor where a session's tokens count.
+
+    BLAKE2b-64 over its bytes with `cut codec` as the salt, without the two lowest bits, plus 2**62: no key is a token id.
+    """
+    salt, view = f"{cut} {codec}".encode(), memoryview(rows)
+    each = (view[at : at + row_bytes] for at in range(0, len(rows), row_bytes))
+    digests = (hashlib.blake2b(row, digest_size=8, salt=salt).digest() for row in each)
+    return [int.from_bytes(digest, "little") >> 2 | 1 << 62 for digest in digests]
+
+
+def row_keys_hash(keys: Sequence[int]) -> int:
+    """As context_hash, of the keys of rows: BLAKE2b-64 over them as little-endian uint64; 0 for none."""
+    if not keys:
+        return 0
+    words = array("Q", keys)
+    if sys.byteorder == "big":
+        words.byteswap()
+    return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little")
+
+
 def pair_hash(model_fingerprint: str, tokenizer_fingerprint: str) -> int:
     """64 bits that stand for a target and its tokenizer: every request says whom it means, so that a restart cannot change it."""
     digest = hashlib.blake2b(f"{model_fingerprint} {tokenizer_fingerprint}".encode(), digest_size=8).digest()

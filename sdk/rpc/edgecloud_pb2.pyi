@@ -121,7 +121,7 @@ class VerifyReply(_message.Message):
     def __init__(self, num_accepted: _Optional[int] = ..., next_token_id: _Optional[int] = ..., cached_length: _Optional[int] = ..., queue_ms: _Optional[float] = ..., compute_ms: _Optional[float] = ..., target_passes: _Optional[float] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
 
 class TailRequest(_message.Message):
-    __slots__ = ("session_id", "context_start", "rows", "draft_ids", "sampling", "context_hash", "cut", "codec", "pair_hash")
+    __slots__ = ("session_id", "context_start", "rows", "draft_ids", "sampling", "context_hash", "cut", "codec", "pair_hash", "assumed_id")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_START_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
@@ -131,6 +131,7 @@ class TailRequest(_message.Message):
     CUT_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
     PAIR_HASH_FIELD_NUMBER: _ClassVar[int]
+    ASSUMED_ID_FIELD_NUMBER: _ClassVar[int]
     session_id: bytes
     context_start: int
     rows: bytes
@@ -140,7 +141,8 @@ class TailRequest(_message.Message):
     cut: int
     codec: str
     pair_hash: int
-    def __init__(self, session_id: _Optional[bytes] = ..., context_start: _Optional[int] = ..., rows: _Optional[bytes] = ..., draft_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., context_hash: _Optional[int] = ..., cut: _Optional[int] = ..., codec: _Optional[str] = ..., pair_hash: _Optional[int] = ...) -> None: ...
+    assumed_id: int
+    def __init__(self, session_id: _Optional[bytes] = ..., context_start: _Optional[int] = ..., rows: _Optional[bytes] = ..., draft_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., context_hash: _Optional[int] = ..., cut: _Optional[int] = ..., codec: _Optional[str] = ..., pair_hash: _Optional[int] = ..., assumed_id: _Optional[int] = ...) -> None: ...
 
 class Tensor(_message.Message):
     __slots__ = ("name", "dtype", "shape", "codec", "data")

@@ -1,0 +1,65 @@
+"""What the front makes of a token log, as it travels: every token's row of the boundary tensor, encoded, and what stands for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from edgecloud.edge.tail import Row
+from edgecloud.kernels.codec import encode, row_bytes
+from edgecloud.rpc.codec import row_keys
+from edgecloud.tokens import common_prefix
+
+CHUNK_TOKENS = 128
+
+
+class Front(Protocol):
+    """The target's first layers, with a cache: edge/front.py."""
+
+    width: int  # of a row
+
+    def extend(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Append tokens.  -> [len(token_ids), width]"""
+        ...
+
+    def crop_to(self, length: int) -> None:
+        """Forget the tokens from `length` on."""
+
+
+class FrontRows:
+    """Keeps the rows of the latest log, so that only new tokens go through the front and any row can be sent again.
+
+    Args:
+        front: at the beginning.
+        cut: its layers.
+        codec: of kernels/codec.py.
+    """
+
+    def __init__(self, front: Front, cut: int, codec: str) -> None:
+        self._front = front
+        self.cut = cut
+        self.codec = codec
+        self.row_bytes = row_bytes(codec, front.width)
+        self._tokens: list[int] = []
+        self._rows: list[Row] = []
+
+    def num_missing(self, tokens: Sequence[int]) -> int:
+        """Tokens that would have to go through the front."""
+        return len(tokens) - common_prefix(self._tokens, tokens)
+
+    def rows(self, tokens: Sequence[int]) -> list[Row]:
+        """A row for each of `tokens`. Raises ContextLengthError: more than the front's window."""
+        start = common_prefix(self._tokens, tokens)
+        if start < len(tokens):  # what merely goes on behind them stays
+            del self._tokens[start:], self._rows[start:]
+            self._front.crop_to(start)
+        for at in range(start, len(tokens), CHUNK_TOKENS):
+            chunk = tokens[at : at + CHUNK_TOKENS]
+            data = encode(self._front.extend(chunk), self.codec).tobytes()
+            keys = row_keys(data, self.row_bytes, self.cut, self.codec)
+            self._rows += [Row(data[i * self.row_bytes : (i + 1) * self.row_bytes], key) for i, key in enumerate(keys)]
+            self._tokens += chunk
+        return self._rows[: len(tokens)]

@@ -1,0 +1,255 @@
+"""Mode `split`: the text is that of the split target (front, codec, tail), whatever is drafted, refused, forgotten or too long."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from flying import Uncounted, Unhurried
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loopback import Loopback, loopback
+from pairs import Plain, plain_choice, plain_target
+from tiny import make_tiny_llama
+
+from edgecloud.cloud.model import TargetModel
+from edgecloud.edge.collaborate import collaborate
+from edgecloud.edge.estimates import Estimates
+from edgecloud.edge.front_courier import FrontCourier
+from edgecloud.edge.front_rows import FrontRows
+from edgecloud.edge.pilot import Pilot
+from edgecloud.edge.plan import Fixed, Plan
+from edgecloud.edge.remote import Cloud
+from edgecloud.edge.replicas import RemoteSession, Replicas
+from edgecloud.edge.retry import Retry, Timeout
+from edgecloud.kernels.codec import decode, encode
+from edgecloud.sampling import SamplingSettings
+from edgecloud.types import Round
+
+NUM_LAYERS, VOCAB_SIZE = 4, 40
+CUTS = range(1, NUM_LAYERS)
+
+
+class TorchFront:
+    """The first layers of the stock model, a whole forward each time: no cache to be wrong."""
+
+    width = 32
+
+    def __init__(self, folder: Path, cut: int) -> None:
+        self._model = plain_target(folder)._model
+        self._cut = cut
+        self._tokens: list[int] = []
+        self.num_computed = 0
+
+    def extend(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        self._tokens += token_ids
+        self.num_computed += len(token_ids)
+        return self.rows(self._tokens)[-len(token_ids) :]
+
+    def crop_to(self, length: int) -> None:
+        del self._tokens[length:]
+
+    def rows(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """[tokens, width]"""
+        with torch.inference_mode():
+            hidden: npt.NDArray[np.float32] = (
+                self._model.model(input_ids=torch.tensor([list(tokens)]), output_hidden_states=True)
+                .hidden_states[self._cut][0]
+                .numpy()
+            )
+        return hidden
+
+
+class SplitTarget:
+    """What mode `split` decodes by, plainly: the stock model, whose layer `cut` is given rows that went through the codec."""
+
+    def __init__(self, folder: Path, cut: int, codec: str) -> None:
+        self._model = plain_target(folder)._model
+        self._cut, self._codec = cut, codec
+
+    def decode(self, prompt: Sequence[int], max_new_tokens: int, sampling: SamplingSettings) -> Plain:
+        tokens, margins = list(prompt), []
+        for _ in range(max_new_tokens):
+            token, margin = plain_choice(self._logits(tokens), tokens, sampling)
+            tokens.append(token)
+            margins.append(margin)
+        return Plain(tokens[len(prompt) :], margins)
+
+    def _logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        def through_codec(_: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            rows = given[0][0].numpy()
+            sent = decode(encode(rows, self._codec), self._codec, rows.shape[1])
+            return torch.from_numpy(sent)[None], *given[1:]
+
+        handle = self._model.model.layers[self._cut].register_forward_pre_hook(through_codec)
+        try:
+            with torch.inference_mode():
+                logits: npt.NDArray[np.float32] = self._model(torch.tensor([list(tokens)])).logits[0, -1].numpy()
+        finally:
+            handle.remove()
+        return logits
+
+
+@dataclass
+class GuessingDrafter:
+    """Knows the answer, and is wrong at some positions."""
+
+    answer: list[int]
+    num_prompt: int
+    wrong: frozenset[int]
+
+    def draft(self, tokens: Sequence[int], num_draft_tokens: int, sampling: SamplingSettings, stop_token_ids: Any) -> list[int]:
+        at = len(tokens) - self.num_prompt
+        right = self.answer[at] if at < len(self.answer) else 0
+        return [(right + 1) % VOCAB_SIZE if at in self.wrong else right]
+
+
+@dataclass(frozen=True)
+class Served:
+    """A service, and the folder of its target."""
+
+    service: Loopback
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("split") / "model"
+    make_tiny_llama(folder, vocab_size=VOCAB_SIZE, hidden_size=32, num_layers=NUM_LAYERS)
+    with loopback(TargetModel(folder), cache_bytes=1 << 20) as service:
+        yield Served(service, folder)
+
+
+@dataclass
+class Flight:
+    """One generation in mode `split` over real gRPC, with whatever happens to the service's memory in between."""
+
+    served: Served
+    cut: int
+    codec: str
+    max_message_bytes: int = 1 << 20
+    estimates: Estimates = field(default_factory=Estimates.unknown)
+
+    @cached_property
+    def front(self) -> TorchFront:
+        return TorchFront(self.served.folder, self.cut)
+
+    def run(
+        self,
+        prompt: Sequence[int],
+        drafter: GuessingDrafter,
+        sampling: SamplingSettings,
+        plan: Plan,
+        max_new_tokens: int,
+        forget_after: frozenset[int] = frozenset(),
+    ) -> list[Round]:
+        rows = FrontRows(self.front, self.cut, self.codec)
+        retry = Retry(Timeout(), None, "the service")
+        limits: Any = {"max_new_tokens": max_new_tokens, "stop_token_ids": (), "met": 8, "on_loss": "wait"}
+        pilot = Pilot(prompt, Fixed(plan), retry, Unhurried(), Uncounted(), **limits)
+        with self._session() as session:
+            courier = partial(FrontCourier, front=rows, max_message_bytes=self.max_message_bytes)
+            rounds: list[Round] = []
+            for step in collaborate(pilot, drafter, session, sampling, (), self.estimates, lambda: 8, courier):
+                if isinstance(step, Round):
+                    rounds.append(step)
+                    if len(rounds) in forget_after:
+                        session.release()
+            return rounds
+
+    @contextmanager
+    def _session(self) -> Iterator[RemoteSession]:
+        cloud = Cloud(self.served.service.address, None, Timeout())
+        session = RemoteSession(Replicas([cloud]))
+        try:
+            yield session
+        finally:
+            session.release()
+            cloud.close()
+
+
+def ids_of(rounds: Sequence[Round]) -> list[int]:
+    return [token for round_ in rounds for token in round_.token_ids]
+
+
+prompts = st.lists(st.integers(3, VOCAB_SIZE - 1), min_size=1, max_size=12)
+samplings = st.sampled_from(
+    [SamplingSettings(), SamplingSettings(temperature=1.0, seed=3), SamplingSettings(temperature=0.8, top_p=0.9)]
+)
+wrong_positions = st.frozensets(st.integers(0, 15), max_size=8)
+
+
+@settings(max_examples=25)
+@given(
+    st.sampled_from(CUTS), st.sampled_from(["float32", "int8", "int4"]), prompts, samplings, wrong_positions,
+    st.integers(0, 4), st.integers(1, 3), st.frozensets(st.integers(1, 8), max_size=2),
+)  # fmt: skip
+def test_the_text_is_the_split_targets(
+    served: Served, cut: int, codec: str, prompt: list[int], sampling: SamplingSettings, wrong: frozenset[int],
+    num_draft_tokens: int, max_in_flight: int, forget_after: frozenset[int],
+) -> None:  # fmt: skip
+    expected = SplitTarget(served.folder, cut, codec).decode(prompt, 12, sampling)
+    drafter = GuessingDrafter(expected.token_ids, len(prompt), wrong)
+    plan = Plan("split", num_draft_tokens, max_in_flight)
+    rounds = Flight(served, cut, codec).run(prompt, drafter, sampling, plan, 12, forget_after)
+    assert expected.agrees_with(ids_of(rounds))
+    assert {round_.mode for round_ in rounds if round_.token_ids} == {"split"}
+
+
+def test_a_context_too_long_for_a_message_goes_up_in_parts_and_all_of_it_is_counted(served: Served) -> None:
+    prompt = [3 + i % 30 for i in range(200)]
+    expected = SplitTarget(served.folder, 2, "int8").decode(prompt, 6, SamplingSettings())
+    drafter = GuessingDrafter(expected.token_ids, len(prompt), frozenset({2}))
+    flight = Flight(served, 2, "int8", max_message_bytes=4096 + 1000)
+    rounds = flight.run(prompt, drafter, SamplingSettings(), Plan("split", 3), 6)
+    assert expected.agrees_with(ids_of(rounds))
+    assert rounds[0].cost.uplink_bytes > 200 * 32
+    assert rounds[0].cost.target_passes > 1.5
+
+
+def test_every_token_goes_through_the_front_once(served: Served) -> None:
+    prompt = [5, 6, 7, 8]
+    expected = SplitTarget(served.folder, 1, "int8").decode(prompt, 12, SamplingSettings())
+    flight = Flight(served, 1, "int8")
+    flight.run(prompt, GuessingDrafter(expected.token_ids, len(prompt), frozenset()), SamplingSettings(), Plan("split", 3, 1), 12)
+    assert flight.front.num_computed <= len(prompt) + 12
+
+
+def test_a_wrong_guess_of_the_bonus_token_costs_no_pass(served: Served) -> None:
+    prompt = [9, 10, 11]
+    expected = SplitTarget(served.folder, 2, "float32").decode(prompt, 16, SamplingSettings())
+    drafter = GuessingDrafter(expected.token_ids, len(prompt), frozenset(range(3, 16, 3)))
+    target = served.service.engine._model
+    with patch.object(target, "forward", wraps=target.forward) as forward:
+        rounds = Flight(served, 2, "float32").run(prompt, drafter, SamplingSettings(), Plan("split", 2, 3), 16)
+    assert expected.agrees_with(ids_of(rounds))
+    assert forward.call_count == sum(bool(round_.token_ids) for round_ in rounds)
+
+
+def test_no_prompt_id_is_on_the_wire(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the service is asked in mode split, no field of it but draft_ids holds ids."""
+    from edgecloud.edge.tail import TailSession
+
+    asked: list[Any] = []
+    send = TailSession.tail_future
+    monkeypatch.setattr(TailSession, "tail_future", lambda self, request: asked.append(request) or send(self, request))
+    prompt = [20, 21, 22, 23, 24]
+    expected = SplitTarget(served.folder, 2, "int8").decode(prompt, 8, SamplingSettings())
+    drafter = GuessingDrafter(expected.token_ids, len(prompt), frozenset({1, 4}))
+    Flight(served, 2, "int8").run(prompt, drafter, SamplingSettings(), Plan("split", 3), 8)
+    assert asked
+    guessed = {drafter.draft(prompt + expected.token_ids[:i], 1, SamplingSettings(), ())[0] for i in range(9)}
+    for request in asked:
+        assert set(request.draft_ids) <= guessed
+        assert {field.name for field, _ in request.ListFields()} <= {
+            "session_id", "context_start", "rows", "draft_ids", "sampling", "context_hash", "cut", "codec", "assumed_id",
+        }  # fmt: skip
