@@ -89,8 +89,6 @@ class Candidate:
             words.append(f"at layer {self.cut}, front {self.front}, boundary {self.codec}")
         if self.num_draft_tokens:
             words.append(f"K = {self.num_draft_tokens}")
-        elif self.mode == "split":
-            words.append("no draft")
         return ", ".join(words)
 
 
@@ -107,7 +105,6 @@ def candidates(
         for front in front_weights:
             for codec in codecs:
                 split = Candidate("split", cut=cut, front=front, codec=codec)
-                yield split
                 for draft in drafts:
                     for length in DRAFT_LENGTHS:
                         yield replace(split, draft=draft.name, num_draft_tokens=length)

@@ -10,8 +10,7 @@ from edgecloud.cost import (
     answer_ms,
     drafted_per_token,
     overlapped,
-    split_rounds,
-    tokens_per_round,
+    split_overlapped,
     ttft_ms,
     uplink_ms,
 )
@@ -115,25 +114,29 @@ class Predictor:
         length, cut, front, codec = candidate.num_draft_tokens, candidate.cut, candidate.front, candidate.codec
         assert front is not None
         assert codec is not None
-        draft = self.draft(candidate) if length else None
-        step_ms, survival = (self._step_ms(draft), draft.survival) if draft else (0.0, ())
-        front_ms, tail_ms = self._front_ms(front, cut, length + 1), self._cloud_ms(cut, length + 1)
+        draft, rows = self.draft(candidate), length + 1
+        step_ms, survival = self._step_ms(draft), draft.survival
+        front_ms, tail_ms = self._front_ms(front, cut, rows), self._cloud_ms(cut, rows)
         boundary_bytes = row_bytes(codec, self._target.hidden_size)
-        request_bytes = REQUEST_BYTES + (length + 1) * boundary_bytes + length * TOKEN_BYTES
-        up_ms = uplink_ms(request_bytes, link.up_mbps)
-        price = split_rounds(survival, length, step_ms, front_ms, up_ms, link.rtt_ms, tail_ms, self.cut_share(cut))
-        per_round, tpot_ms = tokens_per_round(survival[:length]), price.ms_per_token
-        busy_ms = (length * step_ms + front_ms) / per_round
-        joules = self._joules(busy_ms, tpot_ms - busy_ms, request_bytes / per_round, TOKEN_BYTES)
+        request_bytes = REQUEST_BYTES + rows * boundary_bytes + length * TOKEN_BYTES
+        up_ms, share = uplink_ms(request_bytes, link.up_mbps), self.cut_share(cut)
+        price = split_overlapped(
+            survival, length, step_ms, front_ms, up_ms, link.rtt_ms, tail_ms, share, MAX_IN_FLIGHT
+        )  # fmt: skip
+        tpot_ms, passes = price.ms_per_token, price.passes_per_token / (1.0 - share)
+        token_ms = step_ms + front_ms / rows
+        drafted = drafted_per_token(survival, length, max(token_ms, up_ms / rows), tpot_ms)
+        up_bytes = request_bytes * max(passes, drafted / rows)  # what is sent on a wrong guess is refused, and was sent
+        joules = self._joules(drafted * token_ms, tpot_ms - drafted * token_ms, up_bytes, TOKEN_BYTES)
         num_tokens = self._workload.prompt_tokens
         first_up_ms = uplink_ms(REQUEST_BYTES + num_tokens * boundary_bytes, link.up_mbps)
         first_ms = ttft_ms(self._front_reads_ms(front, cut) + self._cloud_reads_ms(cut), link.rtt_ms, first_up_ms)
         num_bytes = self._target.weight_bytes(front, cut, head=False)
         num_bytes += self._target.kv_bytes(cut, self._workload.max_context_tokens)
-        num_bytes += self._draft_bytes(draft) if draft else 0.0
+        num_bytes += self._draft_bytes(draft)
         loss = self.scene.losses.loss(cut, front, codec)
         return self._figures(
-            tpot_ms, first_ms, tail_ms / per_round, price.passes_per_token, request_bytes / per_round, num_bytes, joules, loss
+            tpot_ms, first_ms, tail_ms * passes, price.passes_per_token, up_bytes, num_bytes, joules, loss
         )  # fmt: skip
 
     def _figures(

@@ -84,7 +84,7 @@ def overlapped(
     return Price(total_ms / num_tokens, num_passes / num_tokens)
 
 
-def split_rounds(
+def split_overlapped(
     survival: Sequence[float],
     num_draft_tokens: int,
     draft_ms: float,
@@ -93,22 +93,27 @@ def split_rounds(
     rtt_ms: float,
     tail_ms: float,
     cut_share: float,
+    max_in_flight: int,
 ) -> Price:
-    """Speculation on a target whose front runs on the device: draft, front, boundary up, tail, verdict; one after another.
+    """`overlapped` on a target whose front runs on the device: a token is drafted, passed through the front, and its row sent.
+
+    Device and uplink work side by side, so a row waits for the slower of the two; draft and front share the device.
 
     Args:
         survival: S_1, S_2, ...
-        num_draft_tokens: K, from 0; the front and the tail see K + 1 rows.
+        num_draft_tokens: K; front and tail see K + 1 rows.
         draft_ms: a drafted token.
         front_ms: the front over K + 1 rows.
         uplink_ms: sending their boundary rows.
         rtt_ms: the round trip.
         tail_ms: the tail over K + 1 rows.
         cut_share: of a pass, what the front saves the cloud: 0 to 1.
+        max_in_flight: drafts on their way at a time.
     """
-    num_tokens = tokens_per_round(survival[:num_draft_tokens])
-    round_ms = num_draft_tokens * draft_ms + front_ms + uplink_ms + rtt_ms + tail_ms
-    return Price(round_ms / num_tokens, (1.0 - cut_share) / num_tokens)
+    row_ms, row_up_ms = front_ms / (num_draft_tokens + 1), uplink_ms / (num_draft_tokens + 1)
+    step_ms = max(draft_ms + row_ms, row_up_ms)
+    price = overlapped(survival, num_draft_tokens, step_ms, rtt_ms + row_ms + uplink_ms, tail_ms, max_in_flight)
+    return Price(price.ms_per_token, price.passes_per_token * (1.0 - cut_share))
 
 
 def drafted_per_token(survival: Sequence[float], num_draft_tokens: int, draft_ms: float, ms_per_token: float) -> float:
