@@ -1,6 +1,6 @@
-"""Mode `split` against `speculative`, at the same draft length: cloud compute per final token; and the split target against the whole.
+"""Mode `split` against `speculative` at the same draft length: cloud compute per token; and the split target against the whole.
 
-The bundle has a front (`edgecloud partition --cut`). Service and device have a core each, the modes take turns, prompt by prompt. The
+The bundle has a front (`edgecloud partition --cut`). Service and device have a core each, the modes take turns. The
 agreement is that of front, codec and tail with the whole target, along the target's own greedy answers.
     python benchmarks/split.py --bundle BUNDLE --prompts spec_bench_dev.jsonl
 """

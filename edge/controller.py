@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from edgecloud.cost import Price, flights_worth, overlapped
+from edgecloud.cost import COST_SLOWDOWN, MAX_IN_FLIGHT, Price, flights_worth, overlapped
 from edgecloud.edge.estimates import Estimates
-from edgecloud.edge.plan import MAX_IN_FLIGHT, Plan
+from edgecloud.edge.plan import Plan
 from edgecloud.types import Objective
 
 DRAFT_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -19,7 +19,6 @@ OTHER_LENGTH = 0.98  # the same for another draft length
 DWELL_S = 0.5  # a mode is kept for at least so long
 AGED_S = 10.0  # a round trip seen longer ago may have become shorter
 USUAL_RTT_MS, USUAL_STEP_MS = 50.0, 20.0  # before anything was seen
-COST_SLOWDOWN = 1.5  # objective `cost`: at most this much slower than a stream
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from edgecloud.cost import MAX_IN_FLIGHT
 from edgecloud.types import Mode
 
-MAX_IN_FLIGHT = 4  # drafts on their way at a time; drafting speed and round trip seldom allow more
 SHADOW_TOKENS = 2  # drafted beside a stream: they tell the acceptance, and are there when the stream stops
 
 

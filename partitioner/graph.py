@@ -19,8 +19,8 @@ class DraftGraph:
         ModelError: ONNX Runtime cannot load the file, or its logits are not those of the last position only.
     """
 
-    def __init__(self, path: Path, max_tokens: int, num_threads: int) -> None:
-        options = ort.SessionOptions()
+    def __init__(self, path: Path, max_tokens: int, num_threads: int, options: ort.SessionOptions | None = None) -> None:
+        options = options or ort.SessionOptions()
         options.intra_op_num_threads = num_threads
         options.log_severity_level = 3
         try:
@@ -59,3 +59,7 @@ class DraftGraph:
     def crop_to(self, length: int) -> None:
         """Forget the tokens from `length` on."""
         self.length = length
+
+    def end_profiling(self) -> str:
+        """The file in which ONNX Runtime has noted every node's time, where the options asked for it."""
+        return str(self._session.end_profiling())

@@ -22,13 +22,16 @@ from edgecloud.partitioner.export import GRAPH_FILES, export_graph
 from edgecloud.partitioner.inputs import Inputs
 from edgecloud.partitioner.model_folder import CLOUD_FILES, ModelFolder
 from edgecloud.partitioner.report import PartitionReport, describe_notes
+from edgecloud.partitioner.steps import cached_check, cached_export
 
 DRAFT_FOLDER = "edge/draft"
 Remark = Callable[[str], None]
 
 
-def partition(inputs: Inputs, *, remark: Remark = lambda _: None) -> PartitionReport:
+def partition(inputs: Inputs, *, cache: Path | None = None, remark: Remark = lambda _: None) -> PartitionReport:
     """Export, check and write. The bundle appears whole or not at all; one that is there is replaced in the last step.
+
+    Exports and checks that are in `cache` are not made again; None: nothing is kept.
 
     Raises:
         ModelError: the export failed or is not the model.
@@ -37,7 +40,7 @@ def partition(inputs: Inputs, *, remark: Remark = lambda _: None) -> PartitionRe
     begin = time.monotonic()
     try:
         with atomic_folder(inputs.destination) as folder:
-            report = _fill(folder, inputs, remark)
+            report = _fill(folder, inputs, cache, remark)
     except OSError as error:
         if error.errno in NO_SPACE:
             raise BundleError(
@@ -48,16 +51,23 @@ def partition(inputs: Inputs, *, remark: Remark = lambda _: None) -> PartitionRe
     return dataclasses.replace(report, seconds=round(time.monotonic() - begin, 1))
 
 
-def _fill(folder: Path, inputs: Inputs, remark: Remark) -> PartitionReport:
+def _fill(folder: Path, inputs: Inputs, cache: Path | None, remark: Remark) -> PartitionReport:
     target, draft = inputs.target, inputs.draft
     remark("fingerprints")
     target_fingerprint = target.fingerprint()
     draft_fingerprint = target_fingerprint if draft.path == target.path else draft.fingerprint()
     (folder / DRAFT_FOLDER).mkdir(parents=True)
-    graph = _export_draft(folder, inputs, remark)
+    graph = _export_draft(folder, inputs, draft_fingerprint, cache, remark)
     _copy_target(target, folder / "cloud")
     tokenizer = _write_tokenizer(folder, target)
-    parity, agreement = _check(folder, graph, inputs, tokenizer.eos_token_ids, remark)
+    parity, agreement = cached_check(
+        cache,
+        (target_fingerprint, draft_fingerprint, tokenizer.fingerprint),
+        inputs.precision,
+        folder / "checks",
+        lambda: _check(folder, graph, inputs, tokenizer.eos_token_ids, remark),
+    )
+    shutil.rmtree(folder / "checks")
     remark("speed and memory of the draft, one thread")
     try:
         device = measure_device(graph)
@@ -109,10 +119,11 @@ def _fill(folder: Path, inputs: Inputs, remark: Remark) -> PartitionReport:
     return report
 
 
-def _export_draft(folder: Path, inputs: Inputs, remark: Remark) -> Path:
+def _export_draft(folder: Path, inputs: Inputs, fingerprint: str, cache: Path | None, remark: Remark) -> Path:
     remark(f"exporting the draft as {inputs.precision} ONNX")
     exported = folder / "export"
-    export_graph(inputs.draft, exported, inputs.precision)
+    if cached_export(cache, inputs.draft, fingerprint, exported, inputs.precision):
+        remark("it was in the cache")
     for name in GRAPH_FILES:
         if (exported / name).exists():
             (exported / name).rename(folder / DRAFT_FOLDER / name)

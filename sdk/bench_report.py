@@ -11,8 +11,9 @@ from pathlib import Path
 from jinja2 import Environment
 
 from edgecloud.bench import Bench
+from edgecloud.drawing import check_installed
 from edgecloud.errors import ConfigError
-from edgecloud.plots import all_plots, check_installed
+from edgecloud.plots import all_plots
 
 CAPTIONS = {
     "tpot": "TPOT by round trip and mode. Medians over the generations, bars from the lower to the upper quartile.",
@@ -81,20 +82,20 @@ Python {{ bench.machine.python }}, {{ bench.machine.system }}. Raw samples: benc
 """
 
 
-def prepare_folder(folder: Path) -> None:
+def prepare_folder(folder: Path, option: str = "-o") -> None:
     """Make the report's folder, before hours of measuring are lost for want of it.
 
     Raises:
         ConfigError: it cannot be made or written to.
         EdgecloudError: the library for the plots is missing.
     """
-    check_installed()
+    check_installed(option)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ConfigError(f"-o {folder} cannot be written to: {error.strerror}; give a folder that can") from error
+        raise ConfigError(f"{option} {folder} cannot be written to: {error.strerror}; give a folder that can") from error
 
 
 def write_report(bench: Bench, folder: Path) -> tuple[Path, Path]:

@@ -14,6 +14,8 @@ from itertools import accumulate
 NEGLIGIBLE = 0.01  # probability below which a cycle is cut off
 FURTHEST = 64  # tokens after which it is
 RTT_TOLERANCE = 1e-6  # of a break-even round trip, relative
+MAX_IN_FLIGHT = 4  # drafts on their way at a time; drafting speed and round trip seldom allow more
+COST_SLOWDOWN = 1.5  # objective `cost`: at most this much slower than a stream
 
 
 def survival(acceptance_rate: float, num_draft_tokens: int) -> list[float]:
@@ -95,6 +97,54 @@ def flights_worth(survival: Sequence[float], num_draft_tokens: int, first_length
         number += 1
         start += num_draft_tokens + 1
     return number
+
+
+def split_overlapped(
+    survival: Sequence[float],
+    num_draft_tokens: int,
+    draft_ms: float,
+    front_ms: float,
+    uplink_ms: float,
+    rtt_ms: float,
+    tail_ms: float,
+    cut_share: float,
+    max_in_flight: int,
+) -> Price:
+    """`overlapped` on a target whose front runs on the device: a token is drafted, passed through the front, and its row sent.
+
+    Device and uplink work side by side, so a row waits for the slower of the two; draft and front share the device.
+
+    Args:
+        survival: S_1, S_2, ...
+        num_draft_tokens: K; front and tail see K + 1 rows.
+        draft_ms: a drafted token.
+        front_ms: the front over K + 1 rows.
+        uplink_ms: sending their boundary rows.
+        rtt_ms: the round trip.
+        tail_ms: the tail over K + 1 rows.
+        cut_share: of a pass, what the front saves the cloud: 0 to 1.
+        max_in_flight: drafts on their way at a time.
+    """
+    row_ms, row_up_ms = front_ms / (num_draft_tokens + 1), uplink_ms / (num_draft_tokens + 1)
+    step_ms = max(draft_ms + row_ms, row_up_ms)
+    price = overlapped(survival, num_draft_tokens, step_ms, rtt_ms + row_ms + uplink_ms, tail_ms, max_in_flight)
+    return Price(price.ms_per_token, price.passes_per_token * (1.0 - cut_share))
+
+
+def drafted_per_token(survival: Sequence[float], num_draft_tokens: int, draft_ms: float, ms_per_token: float) -> float:
+    """Tokens that the device drafts for a final one, as it goes on while verdicts travel: as many as there is time for."""
+    most = (num_draft_tokens + 1) * MAX_IN_FLIGHT / tokens_per_round(survival[:num_draft_tokens])
+    return min(most, ms_per_token / draft_ms) if draft_ms > 0 else most
+
+
+def uplink_ms(num_bytes: float, mbps: float | None) -> float:
+    """Sending so many bytes; None: at once."""
+    return 0.0 if mbps is None else num_bytes * 8 / (mbps * 1e3)
+
+
+def answer_ms(ttft_ms: float, ms_per_token: float, num_tokens: int) -> float:
+    """Until the last token of an answer."""
+    return ttft_ms + (num_tokens - 1) * ms_per_token
 
 
 def ttft_ms(prefill_ms: float, rtt_ms: float = 0.0, uplink_ms: float = 0.0) -> float:

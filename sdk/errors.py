@@ -2,7 +2,8 @@
 
 EdgecloudError
 ├── ConfigError                  an option, argument or setting has a value that cannot work (also a ValueError)
-│   └── ContextLengthError       the prompt and the answer do not fit the context window
+│   ├── ContextLengthError       the prompt and the answer do not fit the context window
+│   └── NoPlanError              no division of labour keeps to the constraints; names the nearest that would
 ├── BundleError                  a bundle cannot be used
 │   ├── BundleNotFoundError      no bundle at that path
 │   ├── BundleCorruptError       a file is missing, truncated or changed
@@ -46,6 +47,10 @@ class ConfigError(EdgecloudError, ValueError):
 
 class ContextLengthError(ConfigError):
     """The prompt and the answer do not fit the context window."""
+
+
+class NoPlanError(ConfigError):
+    """No division of labour keeps to the constraints; the message names the nearest values that would do."""
 
 
 class BundleError(EdgecloudError):

@@ -1,54 +1,41 @@
-"""Plots of a bench as SVG to put into HTML. matplotlib is imported here only, and only when a report is asked for."""
+"""Plots of a bench as SVG to put into HTML."""
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edgecloud.arms import Arm
 from edgecloud.bench import Bench
 from edgecloud.cells import Cell
-from edgecloud.errors import EdgecloudError
+from edgecloud.drawing import check_installed, new_figure, to_svg
 from edgecloud.types import ModeSpan
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH_IN, HEIGHT_IN, ROW_IN = 9.0, 4.2, 0.24
+ROW_IN = 0.24
 MARKERS = "osD^vPX*"
 LONGEST_DRAFT = 16  # end of the colour scale
 STREAM_COLOUR, EDGE_COLOUR = "0.75", "tab:red"
 
 
-def check_installed() -> None:
-    """Raises EdgecloudError that names the mend: ask before measuring, not after."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise EdgecloudError(
-            f"the report's plots need {error.name}; install edgecloud[bench], or leave out -o for a table alone"
-        ) from None
-
-
 def all_plots(bench: Bench) -> dict[str, str]:
     """SVG by name of the plot. What the bench has nothing of is left out: acceptance, timeline."""
     check_installed()
-    plots = {"tpot": _svg("tpot", tpot_by_rtt(bench)), "ttft": _svg("ttft", ttft_by_link(bench))}
+    plots = {"tpot": to_svg("tpot", tpot_by_rtt(bench)), "ttft": to_svg("ttft", ttft_by_link(bench))}
     if any(cell.survival for cell in _speculative(bench)):
-        plots["acceptance"] = _svg("acceptance", acceptance_by_position(bench))
+        plots["acceptance"] = to_svg("acceptance", acceptance_by_position(bench))
     for arm in bench.arms:
         if arm.mode == "auto":
             name = "timeline-" + arm.name.replace(":", "-")
-            plots[name] = _svg(name, timeline(bench, arm))
+            plots[name] = to_svg(name, timeline(bench, arm))
     return plots
 
 
 def tpot_by_rtt(bench: Bench) -> Figure:
     """A line an arm, over the measured round trips; quartiles as bars."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     rtt_ms = _rtt_by_link(bench)
     for at, arm in enumerate(bench.arms):
         cells = sorted((cell for cell in bench.cells if cell.arm == arm.name), key=lambda cell: rtt_ms[cell.link])
@@ -68,7 +55,7 @@ def tpot_by_rtt(bench: Bench) -> Figure:
 
 def ttft_by_link(bench: Bench) -> Figure:
     """Bars a link and arm: until the first final token, and within it until the first that is visible."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     links = [link.name for link in bench.links]
     width = 0.8 / len(bench.arms)
     for at, arm in enumerate(bench.arms):
@@ -87,7 +74,7 @@ def acceptance_by_position(bench: Bench) -> Figure:
     """Share of rounds that accepted at least so many draft tokens, over all links of an arm."""
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = _figure()
+    figure, axes = new_figure()
     for at, arm in enumerate(bench.arms):
         cells = [cell for cell in _speculative(bench) if cell.arm == arm.name and cell.survival]
         if not cells:
@@ -106,7 +93,7 @@ def timeline(bench: Bench, arm: Arm) -> Figure:
     from matplotlib.colors import Normalize
 
     samples = [sample for sample in bench.samples if sample.arm == arm.name]
-    figure, axes = _figure(1.2 + ROW_IN * len(samples))
+    figure, axes = new_figure(1.2 + ROW_IN * len(samples))
     scale = ScalarMappable(Normalize(0, LONGEST_DRAFT), "viridis")
     links = [link.name for link in bench.links]
     samples.sort(key=lambda sample: (links.index(sample.link), sample.prompt, sample.repeat))
@@ -143,25 +130,3 @@ def _rtt_by_link(bench: Bench) -> dict[str, float]:
     """As measured by mode cloud, which waits for nothing else."""
     streams = {arm.name for arm in bench.arms if arm.mode == "cloud"}
     return {cell.link: cell.rtt_ms or 0.0 for cell in bench.cells if cell.arm in streams}
-
-
-def _figure(height_in: float = HEIGHT_IN) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
-    figure = Figure((WIDTH_IN, height_in), layout="constrained")
-    axes = figure.subplots()
-    axes.grid(visible=True, alpha=0.3)
-    return figure, axes
-
-
-def _svg(name: str, figure: Figure) -> str:
-    """The `svg` element alone; ids get the plot's name in front, for several stand in one page."""
-    import matplotlib
-
-    text = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    svg = text.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    return re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", svg)

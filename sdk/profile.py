@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from edgecloud.client import Client
-from edgecloud.cost import break_even_rtt_ms, ttft_ms
+from edgecloud.cost import MAX_IN_FLIGHT, break_even_rtt_ms, ttft_ms
 from edgecloud.edge.controller import DRAFT_LENGTHS, Controller
 from edgecloud.edge.estimates import Estimates
-from edgecloud.edge.plan import MAX_IN_FLIGHT
 from edgecloud.edge.remote import TLS, Cloud
 from edgecloud.edge.retry import Timeout
 from edgecloud.edge.survey import CloudSurvey, DeviceSurvey, LinkSurvey, survey_cloud, survey_device, survey_link

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgecloud.cost import overlapped, survival
-from edgecloud.edge.controller import COST_SLOWDOWN, DRAFT_LENGTHS, Controller
+from edgecloud.cost import COST_SLOWDOWN, MAX_IN_FLIGHT, overlapped, survival
+from edgecloud.edge.controller import DRAFT_LENGTHS, Controller
 from edgecloud.edge.estimates import Estimates
-from edgecloud.edge.plan import MAX_IN_FLIGHT, Plan
+from edgecloud.edge.plan import Plan
 from edgecloud.options import OBJECTIVES
 from edgecloud.types import CallCost, Objective
 

@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from edgecloud.cli.app import app
-from edgecloud.cli.output import JsonFlag, print_json, progress_console, table_console
+from edgecloud.cli.output import JsonFlag, print_json, progress_console, remarks, table_console
+from edgecloud.cli.plan_options import (
+    USUAL_CLOUD,
+    USUAL_LINK,
+    AcceptanceOption,
+    AnswerTokensOption,
+    CloudDeviceOption,
+    DamageOption,
+    DeviceOption,
+    KeepPromptFlag,
+    LinkOption,
+    MaxLossOption,
+    MaxRamOption,
+    ObjectiveOption,
+    PlanOptions,
+    PromptTokensOption,
+    ReportOption,
+    TpotOption,
+)
 
 if TYPE_CHECKING:
     from edgecloud.partitioner.inputs import Inputs
+    from edgecloud.partitioner.plan import Plan
 
 
 @app.command()
@@ -27,35 +47,97 @@ def partition(  # typer fills them by name
     precision: Annotated[Literal["int4", "fp32"], typer.Option(help="Of the draft's weights.")] = "int4",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is there.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the inputs, say what would be done, write nothing.")] = False,
+    device: DeviceOption = None,
+    cloud_device: CloudDeviceOption = USUAL_CLOUD,
+    link: LinkOption = USUAL_LINK,
+    objective: ObjectiveOption = "latency",
+    keep_prompt: KeepPromptFlag = False,
+    max_ram: MaxRamOption = None,
+    max_loss: MaxLossOption = 0.03,
+    tpot: TpotOption = None,
+    acceptance: AcceptanceOption = None,
+    prompt_tokens: PromptTokensOption = 128,
+    answer_tokens: AnswerTokensOption = 128,
+    damage: DamageOption = None,
+    report: ReportOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Export the draft for the device, pair it with the target, check both and report what the split costs."""
+    """Export the draft for the device, pair it with the target, check both, and plan who should do what.
+
+    The plan is the best of all modes, cuts, bits and draft lengths for the objective; --dry-run makes it without exporting.
+    """
     from edgecloud.partitioner import extra_installed
 
     with extra_installed():
         from edgecloud.partitioner.inputs import check_inputs
 
+    options = PlanOptions(
+        device,
+        cloud_device,
+        link,
+        objective,
+        keep_prompt,
+        max_ram,
+        max_loss,
+        tpot,
+        acceptance,
+        prompt_tokens,
+        answer_tokens,
+        damage,
+    )
+    with extra_installed():
+        options.check()
     inputs = check_inputs(model, bundle, draft=draft, precision=precision, overwrite=overwrite)
-    if dry_run:
-        plan = _plan(inputs)
-        if as_json:
-            print_json(plan)
-        else:
-            for key, value in plan.items():
-                typer.echo(f"{key}: {value}")
-        return
+    if report is not None:
+        from edgecloud.bench_report import prepare_folder
+
+        prepare_folder(report, "--report")
     console = progress_console()
+    if dry_run:
+        plan = options.plan(inputs, None)
+        if as_json:
+            print_json({**_inputs(inputs), "plan": plan.to_dict()})
+        else:
+            for key, value in _inputs(inputs).items():
+                typer.echo(f"{key}: {value}")
+            _show(plan)
+        _write(plan, report, remarks(console))
+        return
     console.print("loading torch and transformers", style="dim", highlight=False)
     with extra_installed():
+        from edgecloud.partitioner.fetch import cache_folder
         from edgecloud.partitioner.partition import partition as run_partition
-    report = run_partition(inputs, remark=lambda text: console.print(text, style="dim", highlight=False))
+    made = run_partition(inputs, cache=cache_folder(), remark=lambda text: console.print(text, style="dim", highlight=False))
+    plan = options.plan(inputs, made)
     if as_json:
-        print_json(report.to_dict())
+        print_json({**made.to_dict(), "plan": plan.to_dict()})
     else:
-        table_console().print(report.to_table())
+        table_console().print(made.to_table())
+        _show(plan)
+    _write(plan, report, remarks(console))
 
 
-def _plan(inputs: Inputs) -> dict[str, Any]:
+def _show(plan: Plan) -> None:
+    output = table_console()
+    output.print(plan.to_table())
+    for line in plan.refusals():
+        output.print(line, style="dim", highlight=False)
+    for line in plan.conclusions():
+        output.print(line, highlight=False)
+    for line in plan.assumptions:
+        output.print(line, style="dim", highlight=False)
+
+
+def _write(plan: Plan, folder: Path | None, remark: Callable[[str], None]) -> None:
+    if folder is None:
+        return
+    from edgecloud.plan_report import write_plan
+
+    for path in write_plan(plan, folder):
+        remark(f"wrote {path}")
+
+
+def _inputs(inputs: Inputs) -> dict[str, Any]:
     return {
         "dry_run": True,
         "bundle": str(inputs.destination),

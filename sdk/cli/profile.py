@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -21,6 +22,7 @@ from edgecloud.cli.connection import (
     tls_of,
 )
 from edgecloud.cli.output import JsonFlag, print_json, progress_console, remarks, table_console
+from edgecloud.errors import ConfigError
 
 if TYPE_CHECKING:
     from edgecloud.edge.survey import Spread
@@ -38,18 +40,34 @@ def profile(
     tls_key: TlsKeyOption = None,
     token_file: TokenFileOption = None,
     insecure: InsecureFlag = False,
+    save: Annotated[Path | None, typer.Option(help="Time the draft node by node, too, and write this device as JSON.")] = None,
+    save_cloud: Annotated[Path | None, typer.Option(help="Write the service as JSON; with --cloud.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Measure nothing: layer by layer what this device takes; a profile's name or file.")
+    ] = None,
+    cloud_device: Annotated[str, typer.Option(help="The cloud beside it: a profile's name or file.")] = "cpu",
+    weights: Annotated[Literal["int4", "int8", "fp16", "fp32"], typer.Option(help="Format on that device.")] = "int4",
     json: JsonFlag = False,
 ) -> None:
     """Measure device, link and cloud for some seconds, and predict every mode's times and cloud passes.
 
-    Says below which round trip speculation is faster than streaming, and what mode `auto` would pick.
+    Says below which round trip speculation is faster than streaming, and what mode `auto` would pick. What --save writes,
+    `edgecloud partition --device` takes; --device tells a known device's times layer by layer.
     """
     from edgecloud.profile import Connection, run_profile
 
+    if device is not None:
+        _show_layers(bundle, device, cloud_device, weights, as_json=json)
+        return
     at = None
     if cloud is not None:
         at = Connection(cloud, tls_of(tls, tls_ca, tls_cert, tls_key), read_token(token_file), insecure)
-    found = run_profile(bundle, at, threads, remark=remarks(progress_console()))
+    if save_cloud is not None and at is None:
+        raise ConfigError("--save-cloud needs --cloud HOST:PORT: without it no service is measured")
+    remark = remarks(progress_console())
+    found = run_profile(bundle, at, threads, remark=remark)
+    if save is not None or save_cloud is not None:
+        _save(bundle, found, save, save_cloud, remark)
     if json:
         print_json(found.to_dict())
         return
@@ -58,6 +76,48 @@ def profile(
         output.print(table)
     for line in conclusions(found):
         output.print(line, highlight=False)
+
+
+def _save(bundle: Path, found: Profile, device: Path | None, cloud: Path | None, remark: Callable[[str], None]) -> None:
+    from edgecloud.bundle import Bundle
+    from edgecloud.partitioner import extra_installed
+
+    with extra_installed():
+        from edgecloud.save_profile import measured_cloud, measured_device, write_profile
+
+    opened = Bundle.open(bundle)
+    if device is not None:
+        remark("device: the draft, node by node")
+        write_profile(measured_device(opened, found.num_threads), device)
+    if cloud is not None:
+        write_profile(measured_cloud(opened, found), cloud)
+
+
+def _show_layers(bundle: Path, device: str, cloud_device: str, weights: str, *, as_json: bool) -> None:
+    from edgecloud.bundle import Bundle
+    from edgecloud.partitioner import extra_installed
+
+    with extra_installed():
+        from edgecloud.partitioner.layer_table import layer_table
+        from edgecloud.partitioner.layer_times import ModelShape
+        from edgecloud.partitioner.machine_profile import load_profile
+        from edgecloud.partitioner.model_folder import ModelFolder
+
+    opened = Bundle.open(bundle)
+    if opened.target_folder is None or not opened.target_folder.is_dir():
+        raise ConfigError(f"{bundle} has only the device's half; give a bundle with the target in it")
+    here, there = load_profile(device), load_profile(cloud_device, "--cloud-device")
+    shape = ModelShape.of(ModelFolder.open(opened.target_folder), opened.target.fingerprint)
+    try:
+        table = layer_table(shape, here, there, weights)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if as_json:
+        print_json(table.to_dict())
+        return
+    table_console().print(table.to_table())
+    for line in table.lines():
+        table_console().print(line, highlight=False)
 
 
 def measured_table(profile: Profile) -> Table:
