@@ -32,6 +32,8 @@ from edgecloud.partitioner.damage import (
 )
 from edgecloud.partitioner.model_folder import ModelFolder
 
+LOSSY = [codec for codec in CODECS if codec != "float32"]
+
 
 def measure_schemes(target: torch.nn.Module, samples: list[Sample], cuts: list[int]) -> list[Damage]:
     layers = decoder_layers(target)
@@ -79,7 +81,7 @@ def main() -> None:
     if options.schemes:
         measured = measure_schemes(target, samples, options.cuts)
     else:
-        measured = measure_damage(target, samples, options.cuts, CODECS)
+        measured = measure_damage(target, samples, options.cuts, LOSSY)
         of = {(damage.cut, damage.codec): damage for damage in measured}
         half = of[options.cuts[0], "float16"].bytes_per_position
         figures = [

@@ -40,7 +40,7 @@ class Form:
 
     bits: int  # of a narrow code
     group: int  # channels, an even number; the last group of a row may have fewer
-    unit: float  # 1 / the highest level, in so few bits that a product with a float32 is exact in float64
+    unit: float  # 1 / the highest level, in so few bits that a product with a float32 is exact in float64; see FORMS
 
     @property
     def marker(self) -> int:
@@ -62,7 +62,8 @@ class Form:
 
 REACH = 256  # a wide code goes as many times further than the highest level, and still fits 16 bits
 INT4_BORDERS = tuple(float((c + 4) ** 2 - 12) for c in range(7))  # half-way between the levels of c and c + 1
-FORMS = {"int8": Form(8, 72, 129 / 2**14), "int4": Form(4, 32, 669 / 2**16)}
+# A step may be 2**-8 of itself too small. Y / step is then up to 127.496 in int8: it still rounds to 127, not to the marker's 128.
+FORMS = {"int8": Form(8, 72, 16513 / 2**21), "int4": Form(4, 32, 669 / 2**16)}
 _INT4_CODES = np.searchsorted(INT4_BORDERS, np.arange(99)).astype(np.int16)  # of a quotient rounded up: borders are whole numbers
 
 

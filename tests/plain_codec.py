@@ -11,7 +11,7 @@ import numpy.typing as npt
 from hypothesis import strategies as st
 
 GROUPS = {"int8": 72, "int4": 32}
-UNITS = {"int8": Fraction(129, 2**14), "int4": Fraction(669, 2**16)}
+UNITS = {"int8": Fraction(16513, 2**21), "int4": Fraction(669, 2**16)}
 INT4_LEVELS = [0, 8, 18, 30, 44, 60, 78, 98]
 
 
@@ -19,6 +19,19 @@ def known_row() -> npt.NDArray[np.float32]:
     """Two groups of int4: a huge channel, equals, half-way points, a value of next to nothing; then a group of one."""
     row = [24_000.0, -3.5, 0.0, 127.0, -127.0, 63.5, -0.5, 1.5, 2.5, 1e-40] + [float(i % 7 - 3) for i in range(22)] + [-65.0]
     return np.array([row], np.float32)
+
+
+def border_rows() -> npt.NDArray[np.float32]:
+    """Rows whose step lies half-way between two bfloat16, and rows whose step is about the smallest that is no zero."""
+    half_way = [
+        step / float(unit) * (1 + off * 2.0**-23)
+        for unit in UNITS.values()
+        for step in (257 / 256, 259 / 256, 385 / 256, 387 / 256, 509 / 256, 511 / 256)
+        for off in (-2, -1, 0, 1, 2)
+    ]
+    about_smallest = [factor * 2.0**-126 for factor in (50, 90, 97, 98, 99, 126, 127, 128, 200, 254)]
+    scales = np.array([half_way + about_smallest], np.float32).T
+    return scales * np.array([[2, 1, -0.5, 0.3, 0.004, -0.012, 0.04, 0.9]], np.float32)
 
 
 KNOWN_ANSWERS = {  # hexadecimal
@@ -55,6 +68,8 @@ def plain_group(x: Sequence[Fraction], codec: str) -> tuple[int, int, list[int]]
     step = from_bfloat16(step_bits)
     wide = round(x[at] / step) if step else 0  # Python rounds a fraction half to even
     codes = [narrow_code(v / step, codec) if step else 0 for v in x]
+    assert all(abs(code) < 2 ** (num_bits - 1) for i, code in enumerate(codes) if i != at), "no value may use the marker"
+    assert abs(wide) < 2**15
     codes[at] = -(2 ** (num_bits - 1))
     return step_bits, wide, codes
 

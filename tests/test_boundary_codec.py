@@ -10,7 +10,18 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from plain_codec import GROUPS, INT4_LEVELS, KNOWN_ANSWERS, in_range, known_row, plain_encode, row_blocks, steps_of, widths
+from plain_codec import (
+    GROUPS,
+    INT4_LEVELS,
+    KNOWN_ANSWERS,
+    border_rows,
+    in_range,
+    known_row,
+    plain_encode,
+    row_blocks,
+    steps_of,
+    widths,
+)
 
 from edgecloud.errors import ConfigError
 from edgecloud.kernels import codec, codec_torch
@@ -51,19 +62,26 @@ def test_torch_gives_the_same_bytes_and_the_same_floats(rows: Rows, name: str) -
 
 
 @pytest.mark.parametrize("name", INTEGERS)
+def test_steps_half_way_and_about_the_smallest(name: str) -> None:
+    data = encode(border_rows(), name)
+    assert [row.tobytes() for row in data] == [plain_encode(row.tolist(), name) for row in border_rows()]
+    assert torch.equal(codec_torch.encode(torch.from_numpy(border_rows()), name), torch.from_numpy(data))
+
+
+@pytest.mark.parametrize("name", INTEGERS)
 def test_quotients_half_way_and_next_to_it(name: str) -> None:
-    """Every half-way point, and the floats below and above it: a quotient in float32 could be on the wrong side."""
-    top = 127.0 if name == "int8" else 98.0
+    """Every half-way point between levels, and the floats below and above it: a product with 1 / step is on the wrong side."""
     levels = np.arange(128.0) if name == "int8" else np.array(INT4_LEVELS, float)
-    middles = ((levels[1:] + levels[:-1]) / 2).astype(np.float32)
-    for step in (1.0, 1.0078125, 1.9921875, 2.0**-100):
-        near = (middles * np.float32(step)).astype(np.float32)
+    middles = (levels[1:] + levels[:-1]) / 2
+    size = GROUPS[name] - 2
+    for step in (1.0, 1.0078125, 1.640625, 1.9921875, 2.0**-100):
+        near = (middles * step).astype(np.float32)
         for x in (near, np.nextafter(near, np.float32(0)), np.nextafter(near, np.float32(np.inf))):
-            for chunk in np.split(x, range(GROUPS[name] - 2, len(x), GROUPS[name] - 2)):
-                row = np.array([[2 * top * step, top * step, *chunk]], np.float32)
-                row = np.concatenate([row, -row])
-                assert [r.tobytes() for r in encode(row, name)] == [plain_encode(r.tolist(), name) for r in row]
-                assert torch.equal(codec_torch.encode(torch.from_numpy(row), name), torch.from_numpy(encode(row, name)))
+            for start in range(0, len(x), size):
+                row = np.array([[2 * levels[-1] * step, levels[-1] * step, *x[start : start + size]]], np.float32)
+                rows = np.concatenate([row, -row])
+                assert [r.tobytes() for r in encode(rows, name)] == [plain_encode(r.tolist(), name) for r in rows]
+                assert torch.equal(codec_torch.encode(torch.from_numpy(rows), name), torch.from_numpy(encode(rows, name)))
 
 
 @given(row_blocks(), codecs, st.data())
@@ -86,6 +104,15 @@ def test_an_error_is_at_most_half_the_way_to_the_next_level(rows: Rows, name: st
         largest_gap = 1 if name == "int8" else 20
         bound = np.where(step > 0, step * largest_gap / 2, 128 * codec.SMALLEST_STEP * 256)
         assert (np.abs(x - y) <= bound).all()
+
+
+@pytest.mark.parametrize(("name", "highest", "half_gap"), [("int8", 127, 0.5), ("int4", 98, 10)])
+def test_no_value_comes_near_the_marker(name: str, highest: int, half_gap: float) -> None:
+    """The second largest of a group at every place between two steps: rounded to one more than the highest, it would turn round."""
+    second = np.float32(highest) * np.concatenate([np.linspace(1, 2, 20_001), border_rows()[:, 1]]).astype(np.float32)
+    rows = np.stack([2 * second, second, -second, second * np.float32(0.99)], axis=1)
+    off = np.abs(through(rows, name).astype(np.float64) - rows).max(axis=1)
+    assert (off <= second * (1 + 2.0**-8) / highest * half_gap * (1 + 1e-6)).all()
 
 
 @given(row_blocks())

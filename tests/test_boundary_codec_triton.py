@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from plain_codec import KNOWN_ANSWERS, in_range, known_row, row_blocks
+from plain_codec import KNOWN_ANSWERS, border_rows, in_range, known_row, row_blocks
 
 from edgecloud.errors import ConfigError
 from edgecloud.kernels import codec
@@ -25,6 +25,12 @@ PHASES = [Phase.explicit, Phase.reuse, Phase.generate]  # shrinking would take m
 @pytest.mark.parametrize("name", CODECS)
 def test_known_answers(name: str) -> None:
     assert codec_triton.encode(torch.from_numpy(known_row()).to(DEVICE), name).cpu().numpy().tobytes().hex() == KNOWN_ANSWERS[name]
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_steps_half_way_and_about_the_smallest(name: str) -> None:
+    data = codec_triton.encode(torch.from_numpy(border_rows()).to(DEVICE), name)
+    assert np.array_equal(data.cpu().numpy(), codec.encode(border_rows(), name))
 
 
 @given(row_blocks(), st.sampled_from(CODECS))

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pairs import Pair
 from tiny import make_tiny_llama
 from torch import Tensor
 
 from edgecloud.errors import ConfigError, ModelError
 from edgecloud.kernels.codec import CODECS, row_bytes
-from edgecloud.partitioner.check import Sample, continue_greedily, load_torch
+from edgecloud.partitioner.check import Sample, continue_greedily, encode_prompts, load_torch
 from edgecloud.partitioner.damage import Damage, answer_log_probs, decoder_layers, measure_damage, stream_changed
 from edgecloud.partitioner.model_folder import ModelFolder
 
+pytest_plugins = ["pairs"]
+
 PROMPTS = [[1, 70, 80, 90], [1, 100, 7], [1, 5, 6, 200, 31]]
+PROMPTS_OF_USERS = ["Why is the sky blue?"]
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +101,18 @@ def test_a_model_without_a_list_of_layers_is_refused() -> None:
 def test_damage_checks_itself() -> None:
     with pytest.raises(ValueError, match=r"1\.5"):
         Damage(1, "int8", 608, 1.5, 0.0, 0.0, 3)
+
+
+@pytest.mark.timeout(1200)
+def test_the_real_targets_huge_channels_cost_int8_next_to_nothing(smol_pair: Pair) -> None:
+    """From layer 15 on, its first position holds a channel of 24,000 where most hold 2."""
+    folder = ModelFolder.open(smol_pair.bundle / "cloud")
+    target = load_torch(folder, fp32=True)
+    samples = continue_greedily(target, encode_prompts(folder, 100, PROMPTS_OF_USERS), [2], folder.vocab_size, max_new_tokens=16)
+    by_codec = {damage.codec: damage for damage in measure_damage(target, samples, [15], ["float16", "int8", "int4"])}
+    assert by_codec["int8"].agreement >= 0.93  # of 16 tokens, one may hang on a hair
+    assert by_codec["float16"].kl_nats <= by_codec["int8"].kl_nats < 1e-3
+    assert by_codec["int4"].kl_nats > 10 * by_codec["int8"].kl_nats
 
 
 @pytest.fixture(scope="module")
