@@ -95,12 +95,16 @@ def encode_prompts(model: ModelFolder, max_tokens: int, prompts: Sequence[str] =
 
 
 def continue_greedily(
-    target: torch.nn.Module, prompts: Sequence[Sequence[int]], eos_token_ids: list[int], num_tokens: int
+    target: torch.nn.Module,
+    prompts: Sequence[Sequence[int]],
+    eos_token_ids: list[int],
+    num_tokens: int,
+    max_new_tokens: int = NUM_CONTINUATION_TOKENS,
 ) -> list[Sample]:
     """What the target itself says after each prompt. Rows that pad its vocabulary beyond `num_tokens` are no tokens."""
     vocab_size = target.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
     config = GenerationConfig(
-        max_new_tokens=NUM_CONTINUATION_TOKENS,
+        max_new_tokens=max_new_tokens,
         do_sample=False,
         eos_token_id=eos_token_ids or None,
         pad_token_id=0,
