@@ -9,25 +9,30 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+import numpy as np
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
+from edgecloud.kernels.codec import CODECS, encode
 from edgecloud.rpc import codec
 from edgecloud.rpc import edgecloud_pb2 as pb
 
 VOCAB_SIZE = 260  # of tiny.make_tiny_llama
+WIDTH = 32
 SERVICE = f"/{codec.SERVICE_NAME}"
 HEALTH = "/grpc.health.v1.Health/Check"
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
-NOBODY = f"{SERVICE}/Tail"
+NOBODY = f"{SERVICE}/Nobody"
 MESSAGES: dict[str, type[Message]] = {  # by method
     f"{SERVICE}/Verify": pb.VerifyRequest,
     f"{SERVICE}/Decode": pb.DecodeRequest,
+    f"{SERVICE}/Tail": pb.TailRequest,
     f"{SERVICE}/Release": pb.ReleaseRequest,
     f"{SERVICE}/Describe": pb.DescribeRequest,
 }
 SHARED_SESSIONS = [bytes([i]) * codec.SESSION_ID_BYTES for i in range(8)]  # so that requests meet
 LOG = [Random("log").randrange(VOCAB_SIZE) for _ in range(40)]  # that many requests are a part of, so that sessions go on
+ROWS = np.random.default_rng(0).standard_normal((len(LOG) + 4, WIDTH), np.float32) * 5  # and draft
 
 
 @dataclass(frozen=True)
@@ -48,9 +53,9 @@ def case(seed: int, number: int) -> Case:
     """One call: every second one a message with odd values, the others bytes that have been damaged or never were a message."""
     random = Random(f"{seed}:{number}")
     if number % 2:
-        [method] = random.choices(list(MESSAGES), [5, 3, 1, 1])
+        [method] = random.choices(list(MESSAGES), [5, 3, 3, 1, 1])
         return Case(seed, number, method, odd_message(random, MESSAGES[method]))
-    [method] = random.choices([*MESSAGES, HEALTH, REFLECTION, NOBODY], [6, 4, 2, 1, 1, 1, 1])
+    [method] = random.choices([*MESSAGES, HEALTH, REFLECTION, NOBODY], [6, 4, 4, 2, 1, 1, 1, 1])
     return Case(seed, number, method, damaged_bytes(random, MESSAGES.get(method, pb.ReleaseRequest)))
 
 
@@ -73,8 +78,16 @@ def good_message(random: Random, kind: type[Message]) -> Any:
         "context_hash": codec.context_hash(LOG[:start]),
         "sampling": random.choice([None, pb.Sampling(temperature=0.8, top_k=5, top_p=0.9, seed=random.getrandbits(64))]),
     }
+    draft = [random.randrange(VOCAB_SIZE) for _ in range(random.randint(0, 4))]
     if kind is pb.VerifyRequest:
-        return pb.VerifyRequest(**context, draft_ids=[random.randrange(VOCAB_SIZE) for _ in range(random.randint(0, 4))])
+        return pb.VerifyRequest(**context, draft_ids=draft)
+    if kind is pb.TailRequest:
+        name = random.choice(["float32", *CODECS])
+        rows = encode(ROWS[: stop + len(draft)], name)
+        keys = codec.row_keys(rows[:start].tobytes(), rows.shape[1], 1, name)
+        del context["context_ids"]
+        context.update(context_hash=codec.row_keys_hash(keys), rows=rows[start:].tobytes(), cut=1, codec=name)
+        return pb.TailRequest(**context, draft_ids=draft)
     return pb.DecodeRequest(**context, max_new_tokens=random.randint(1, 4), stop_token_ids=[2])
 
 
@@ -85,6 +98,9 @@ def long_case(seed: int, number: int) -> Case:
     message = good_message(random, MESSAGES[method])
     field = random.choice([field for field in message.DESCRIPTOR.fields if field.is_repeated])
     getattr(message, field.name).extend([random.choice([5, 259, 2**32 - 1])] * random.choice([100_000, 400_000, 1_000_000]))
+    if random.random() < 0.3:
+        method, message = f"{SERVICE}/Tail", good_message(random, pb.TailRequest)
+        message.rows = bytes(random.choice([100_000, 1_000_000, 4_000_000]))
     return Case(seed, number, method, message.SerializeToString())
 
 
@@ -98,7 +114,8 @@ ODD: dict[int, Callable[[Random], Any]] = {
     FieldDescriptor.TYPE_UINT64: lambda random: random.choice([*WHOLE, 2**63, 2**64 - 1, random.getrandbits(64)]),
     FieldDescriptor.TYPE_FIXED64: lambda random: random.choice([0, 1, 2**63, 2**64 - 1, random.getrandbits(64)]),
     FieldDescriptor.TYPE_DOUBLE: lambda random: random.choice([*REAL, struct.unpack("<d", random.randbytes(8))[0]]),
-    FieldDescriptor.TYPE_BYTES: lambda random: random.randbytes(random.choice([0, 1, 15, 16, 16, 17, 300])),
+    FieldDescriptor.TYPE_BYTES: lambda random: random.randbytes(random.choice([0, 1, 15, 16, 16, 17, 300, 4 * WIDTH, 36 * WIDTH])),
+    FieldDescriptor.TYPE_STRING: lambda random: random.choice([*CODECS, "", "int2", "\N{SNOWMAN}" * 99]),
 }
 LENGTHS = [0, 1, 2, 8, 9, 63, 64, 65, 1025]
 

@@ -42,7 +42,7 @@ SETTLING = 2 * MIB
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_llama(tmp_path_factory.mktemp("target") / "tiny", hidden_size=32, max_position_embeddings=64)
+    return make_tiny_llama(tmp_path_factory.mktemp("target") / "tiny", hidden_size=fuzz.WIDTH, max_position_embeddings=64)
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ async def play(channel: grpc.aio.Channel, case: fuzz.Case) -> tuple[Code, str]:
         replies = [reply async for reply in call]
     except grpc.aio.AioRpcError as error:
         return error.code(), error.details() or ""
-    if case.method == f"{fuzz.SERVICE}/Verify":
+    if case.method in (f"{fuzz.SERVICE}/Verify", f"{fuzz.SERVICE}/Tail"):
         assert pb.VerifyReply.FromString(replies[0]).next_token_id < fuzz.VOCAB_SIZE
     return Code.OK, ""
 
@@ -181,7 +181,7 @@ def test_no_call_has_any_end_but_a_typed_status(server: Server) -> None:
     if NUM_CASES >= 1000:  # it gets past the first checks, too
         answered = {method for method, code in ends if code == Code.OK}
         assert answered == {*fuzz.MESSAGES, fuzz.HEALTH, fuzz.REFLECTION}
-        assert ends[f"{fuzz.SERVICE}/Verify", Code.FAILED_PRECONDITION] > 0
+        assert min(ends[f"{fuzz.SERVICE}/{name}", Code.FAILED_PRECONDITION] for name in ("Verify", "Tail")) > 0
 
 
 def test_bytes_that_are_not_even_grpc_break_nothing(server: Server) -> None:

@@ -96,6 +96,8 @@ def test_drafts_verdicts_tokens_and_statuses_are_counted(server: Loopback, targe
         assert stub.Verify(verify_request(draft_ids=[(said[0] + 1) % 200])).num_accepted == 0
         stub.Verify(verify_request())  # no draft
         assert len(list(stub.Decode(decode_request()))) == 4
+        tail = pb.TailRequest(session_id=os.urandom(16), rows=bytes(3 * 4 * target.width), draft_ids=[1], cut=1, codec="float32")
+        accepted = stub.Tail(tail).num_accepted
         with pytest.raises(grpc.RpcError):
             stub.Verify(verify_request(context_ids=[]))
         stream = stub.Decode(decode_request(max_new_tokens=400))
@@ -104,15 +106,17 @@ def test_drafts_verdicts_tokens_and_statuses_are_counted(server: Loopback, targe
         until(lambda: server.gate.num_running == 0)
     metric = scrape(server)
     assert metric("requests_total", method="Decode", code="CANCELLED") == 1
-    assert metric("spec_decode_num_drafts_total") == 2
-    assert metric("spec_decode_num_draft_tokens_total") == 4
-    assert metric("spec_decode_num_accepted_tokens_total") == 2
-    assert [metric("spec_decode_num_accepted_tokens_per_pos_total", position=str(i)) for i in range(3)] == [1, 1, 0]
+    assert metric("spec_decode_num_drafts_total") == 3
+    assert metric("spec_decode_num_draft_tokens_total") == 5
+    assert metric("spec_decode_num_accepted_tokens_total") == 2 + accepted
+    assert [metric("spec_decode_num_accepted_tokens_per_pos_total", position=str(i)) for i in range(3)] == [1 + accepted, 1, 0]
+    assert metric("requests_total", method="Tail", code="OK") == 1
+    assert metric("boundary_bytes_total") == len(tail.rows)
     assert metric("requests_total", method="Verify", code="OK") == 3
     assert metric("requests_total", method="Verify", code="INVALID_ARGUMENT") == 1
     assert metric("requests_total", method="Decode", code="OK") == 1
     assert metric("generation_tokens_total") >= 3 + 1 + 1 + 4
-    assert metric("prompt_tokens_total") >= 4 * len(PROMPT)
+    assert metric("prompt_tokens_total") == 5 * len(PROMPT) + 2
     assert metric("request_queue_time_seconds_count") == metric("request_pass_time_seconds_count") >= 3 + 4
     assert metric("request_pass_time_seconds_sum") > 0
 
@@ -247,14 +251,20 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     return recorder
 
 
-def test_a_verify_and_a_decode_are_one_span_each_with_what_they_took(server: Loopback, recorder: Recorder) -> None:
+def test_a_verify_a_decode_and_a_tail_are_one_span_each_with_what_they_took(
+    server: Loopback, target: TargetModel, recorder: Recorder
+) -> None:
     with server.stub() as stub:
         reply = stub.Verify(verify_request(draft_ids=[1, 2]))
         replies: Sequence[pb.DecodeReply] = list(stub.Decode(decode_request()))
+        rows = bytes(3 * 4 * target.width)
+        stub.Tail(pb.TailRequest(session_id=os.urandom(16), rows=rows, draft_ids=[1], cut=1, codec="float32"))
         until(lambda: server.gate.num_running == 0)
-    verify, decode = recorder.spans
-    assert (verify.name, decode.name) == ("edgecloud.Verify", "edgecloud.Decode")
-    assert (verify.num_ends, decode.num_ends) == (1, 1)
+    verify, decode, tail = recorder.spans
+    assert (verify.name, decode.name, tail.name) == ("edgecloud.Verify", "edgecloud.Decode", "edgecloud.Tail")
+    assert (verify.num_ends, decode.num_ends, tail.num_ends) == (1, 1, 1)
+    assert [span.attributes["edgecloud.cut"] for span in recorder.spans] == [0, 0, 1]
+    assert tail.attributes["edgecloud.num_context_tokens"] == 2
     assert verify.attributes["edgecloud.num_draft_tokens"] == 2
     assert verify.attributes["edgecloud.num_accepted"] == reply.num_accepted
     assert verify.attributes["edgecloud.forward_ms"] == pytest.approx(reply.compute_ms)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 import torch
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
@@ -26,6 +27,7 @@ from tiny import make_tiny_llama
 
 from edgecloud.cloud.attention import PagedBatch
 from edgecloud.cloud.model import TargetModel
+from edgecloud.kernels.codec import CODECS, encode
 from edgecloud.rpc import codec
 from edgecloud.rpc import edgecloud_pb2 as pb
 from edgecloud.rpc import edgecloud_pb2_grpc as pb_grpc
@@ -33,6 +35,7 @@ from edgecloud.sampling import SamplingSettings
 
 VOCAB_SIZE = 300  # ids of one and of two bytes on the wire
 WINDOW = 256
+WIDTH = 32
 NUM_PAGES, PAGE_SIZE = 64, 8
 PROMPT = [7, 290, 31, 4, 150]
 PREFIX = f"/{codec.SERVICE_NAME}"
@@ -51,7 +54,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> TargetModel:
-    sizes: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "max_position_embeddings": WINDOW}
+    sizes: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "hidden_size": WIDTH, "max_position_embeddings": WINDOW}
     return TargetModel(make_tiny_llama(tmp_path_factory.mktemp("target") / "tiny", **sizes))
 
 
@@ -90,6 +93,13 @@ def decode_request(context: Sequence[int] = PROMPT, **fields: Any) -> pb.DecodeR
     return pb.DecodeRequest(**{"session_id": os.urandom(16), "context_ids": context, "max_new_tokens": 4, **fields})
 
 
+def tail_request(num_rows: int = 5, draft: Sequence[int] = (), **fields: Any) -> pb.TailRequest:
+    """Rows of nothing in particular."""
+    rows = np.sin(np.arange(num_rows * WIDTH, dtype=np.float32)).reshape(num_rows, WIDTH)
+    fields = {"cut": 1, "codec": "float32", "rows": encode(rows, "float32").tobytes(), **fields}
+    return pb.TailRequest(**{"session_id": os.urandom(16), "draft_ids": draft, **fields})
+
+
 def load_of(server: Loopback) -> pb.Load:
     with server.stub() as stub:
         reply: pb.DescribeReply = stub.Describe(pb.DescribeRequest(), timeout=PATIENCE_S)
@@ -112,6 +122,8 @@ def test_describe_says_what_is_served_and_what_may_be_asked(server: Loopback, st
     assert reply.vocab_size == VOCAB_SIZE
     assert reply.limits == pb.Limits(max_context_tokens=WINDOW, max_draft_tokens=8, max_message_bytes=1 << 20, max_sessions=1024)
     assert reply.load.num_pages == NUM_PAGES
+    assert list(reply.tail_cuts) == [1]
+    assert tuple(reply.boundary_codecs) == CODECS
 
 
 def test_every_verdict_and_both_ends_of_a_stream_tell_the_load(target: TargetModel) -> None:
@@ -148,6 +160,30 @@ def test_verify_decode_and_release_say_what_plain_decoding_says(
     stub.Release(pb.ReleaseRequest(session_id=session))
     stub.Release(pb.ReleaseRequest(session_id=session))  # forgetting twice is fine
     assert refusal_of(lambda: stub.Verify(verify_request([], **follow_up))).detail.cached_length == 0
+    until(lambda: is_empty(server))
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_a_tail_gets_the_verdict_of_the_whole_target_and_sends_no_ids_of_the_context(
+    server: Loopback, stub: pb_grpc.VerificationStub, plain: PlainTarget, name: str
+) -> None:
+    expected = plain.decode(PROMPT, 6).token_ids
+    log, known, keys, session = list(PROMPT), 0, list[int](), os.urandom(16)
+    for draft, num_accepted in (([*expected[:2], 0], 2), (expected[3:5], 2)):
+        rows = encode(plain.hidden([*log, *draft])[1], name)
+        fields: dict[str, Any] = {"context_start": known, "context_hash": codec.row_keys_hash(keys), "codec": name}
+        reply = stub.Tail(tail_request(draft=draft, session_id=session, rows=rows[known:].tobytes(), **fields))
+        if name in ("int8", "int4"):  # of another target: what enters the layer is rounded
+            assert reply.cached_length == len(log) + reply.num_accepted
+            return
+        log += [*draft[:num_accepted], reply.next_token_id]
+        assert (reply.num_accepted, reply.cached_length) == (num_accepted, len(log) - 1), "the next token's row is the device's"
+        known, keys = reply.cached_length, codec.row_keys(rows.tobytes(), rows.shape[1], 1, name)[: reply.cached_length]
+        assert reply.load.num_pages == NUM_PAGES
+    assert log == PROMPT + expected
+    lacking = tail_request(session_id=session, context_start=known + 1, context_hash=5, codec=name)
+    assert refusal_of(lambda: stub.Tail(lacking)).detail.cached_length == known
+    stub.Release(pb.ReleaseRequest(session_id=session))
     until(lambda: is_empty(server))
 
 
@@ -231,6 +267,60 @@ def test_a_bad_draft_is_refused(stub: pb_grpc.VerificationStub) -> None:
     assert stub.Verify(verify_request([1] * 248, [1] * 8)).cached_length > 248  # and what just fits is not
 
 
+TAILS: dict[str, tuple[dict[str, Any], str]] = {
+    "no layers": ({"cut": 0}, "cut is 0; this service takes 1 to 1"),
+    "all layers": ({"cut": 2}, "cut is 2; this service takes 1 to 1"),
+    "a codec that nobody has": ({"codec": "int2"}, "codec is 'int2'; it takes one of float32, float16, int8, int4"),
+    "no codec": ({"codec": ""}, "codec is ''"),
+    "half a row": ({"rows": bytes(6 * WIDTH)}, "rows has 192 bytes; a row in float32 has 128"),
+    "rows of another codec": ({"codec": "int8"}, "rows has 640 bytes; a row in int8 has 36"),
+    "no rows": ({"num_rows": 0}, "the context is empty"),
+    "a draft and nothing else": ({"draft": [1] * 5}, "the context is empty"),
+    "more draft than rows": ({"draft": [1] * 6}, "the draft has 6 tokens, but only 5 rows came"),
+    "a long draft": ({"num_rows": 10, "draft": [1] * 9}, "the draft has 9 tokens; this service takes at most 8"),
+    "a draft id beyond the vocabulary": ({"draft": [VOCAB_SIZE]}, "token id 300 is outside the vocabulary of 300"),
+    "a context beyond the window": ({"num_rows": 257}, f"257 tokens; this service's window is {WINDOW}"),
+    "a start beyond any window": ({"context_start": 2**31 - 1}, f"window is {WINDOW}"),
+    "a negative start": ({"context_start": -1}, "context_start is -1"),
+    "a hash of nothing": ({"context_hash": 5}, "context_hash is 0x5"),
+    "a short session": ({"session_id": b"x" * 15}, "session_id has 15 bytes"),
+    "a penalty": (sampling(repetition_penalty=1.2), "repetition_penalty takes the prompt's ids"),
+    "temperature not a number": (sampling(temperature=math.nan), "temperature is nan"),
+    "not a number": ({"rows": np.full(WIDTH, np.nan, "<f4").tobytes()}, "boundary row 0 holds a value that is not finite"),
+    "infinity": ({"rows": np.full(WIDTH, np.inf, "<f2").tobytes(), "codec": "float16"}, "boundary row 0 holds a value"),
+    "all bits set": ({"rows": b"\xff" * 72, "codec": "int8"}, "boundary row 0 holds a value that is not finite"),
+    "what no stream holds": ({"rows": np.full(WIDTH, 1e30, "<f4").tobytes()}, "is beyond 1.67772e+07"),
+}
+
+
+@pytest.mark.parametrize("name", TAILS)
+def test_a_bad_tail_is_refused_by_name(stub: pb_grpc.VerificationStub, name: str) -> None:
+    fields, words = TAILS[name]
+    refusal = refusal_of(lambda: stub.Tail(tail_request(**fields)))
+    assert refusal.code == Code.INVALID_ARGUMENT
+    assert words in refusal.words
+    assert stub.Tail(tail_request(draft=[1] * 4)).cached_length >= 1
+
+
+def test_a_tail_that_means_another_target_is_refused(stub: pb_grpc.VerificationStub) -> None:
+    refusal = refusal_of(lambda: stub.Tail(tail_request(pair_hash=3)))
+    assert (refusal.code, refusal.detail.model_fingerprint) == (Code.FAILED_PRECONDITION, "m" * 64)
+
+
+def test_a_model_that_cannot_be_entered_takes_no_tails_and_says_so(target: TargetModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target, "tail_cuts", ())
+    with serve(target) as server, server.stub() as stub:
+        told = stub.Describe(pb.DescribeRequest())
+        assert (list(told.tail_cuts), list(told.boundary_codecs)) == ([], [])
+        refusal = refusal_of(lambda: stub.Tail(tail_request()))
+        assert refusal.code == Code.INVALID_ARGUMENT
+        assert "takes no tails" in refusal.words
+
+
+def test_rows_beyond_the_limit_of_a_message_are_refused_before_they_are_read(stub: pb_grpc.VerificationStub) -> None:
+    assert refusal_of(lambda: stub.Tail(tail_request(num_rows=10_000))).code == Code.RESOURCE_EXHAUSTED
+
+
 def test_a_decode_of_nothing_is_refused(stub: pb_grpc.VerificationStub) -> None:
     refusal = refusal_of(lambda: list(stub.Decode(decode_request(max_new_tokens=0))))
     assert (refusal.code, refusal.words) == (Code.INVALID_ARGUMENT, "max_new_tokens is 0; it takes at least 1")
@@ -282,6 +372,7 @@ def test_a_list_that_is_far_too_long_is_refused_before_it_is_copied(channel: grp
         ("Describe", with_unknown(pb.DescribeRequest()), "DescribeRequest"),
         ("Verify", with_unknown(verify_request()), "VerifyRequest"),
         ("Decode", with_unknown(decode_request()), "DecodeRequest"),
+        ("Tail", with_unknown(tail_request()), "TailRequest"),
         ("Release", with_unknown(pb.ReleaseRequest(session_id=b"x" * 16)), "ReleaseRequest"),
         ("Verify", verify_request().SerializeToString() + b"\x2a\x04\xfa\x01\x01x", "Sampling"),  # nested in field 5
         ("Decode", decode_request().SerializeToString() + b"\x2a\x04\xfa\x01\x01x", "Sampling"),
@@ -296,7 +387,7 @@ def test_a_field_that_this_version_does_not_know_is_refused(
     assert f"{message} has a field number 31" in refusal.words
 
 
-@pytest.mark.parametrize("method", ["Describe", "Verify", "Decode", "Release"])
+@pytest.mark.parametrize("method", ["Describe", "Verify", "Decode", "Tail", "Release"])
 def test_bytes_that_are_no_message_are_refused_and_leave_no_traceback(
     channel: grpc.Channel, method: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -356,7 +447,7 @@ def battered(target: TargetModel, plain: PlainTarget) -> Iterator[grpc.Channel]:
 
 @settings(max_examples=150)
 @given(
-    st.sampled_from(["Verify", "Decode", "Release", "Describe"]),
+    st.sampled_from(["Verify", "Decode", "Tail", "Release", "Describe"]),
     st.one_of(
         st.binary(max_size=60),
         # nearly right: a good request with a few bytes changed, dropped or added

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pairs import PATIENCE_S, Pair, Server, serving, until
@@ -24,6 +25,7 @@ from pairs import PATIENCE_S, Pair, Server, serving, until
 from edgecloud.client import Client
 from edgecloud.cloud.messages import EngineConfig
 from edgecloud.cloud.supervisor import Supervisor
+from edgecloud.rpc import codec
 from edgecloud.rpc import edgecloud_pb2 as pb
 from edgecloud.rpc import edgecloud_pb2_grpc as pb_grpc
 
@@ -74,6 +76,35 @@ def test_health_follows_the_engine(server: Server) -> None:
     assert refused.value.code() == grpc.StatusCode.UNAVAILABLE  # at once: nobody waits for a model to load
     until(lambda: health_of(server.address) == SERVING)
     assert server.engine != engine
+
+
+def test_a_tail_whose_engine_died_is_asked_for_all_its_rows_and_answered_as_before(server: Server) -> None:
+    with grpc.insecure_channel(server.address) as channel:
+        stub = pb_grpc.VerificationStub(channel)
+        width, session = 64, os.urandom(16)
+        rows = np.sin(np.arange(9 * width, dtype=np.float32)).tobytes()
+        keys = codec.row_keys(rows, 4 * width, 1, "float32")
+
+        def ask(start: int, stop: int) -> pb.VerifyReply:
+            hashed = codec.row_keys_hash(keys[:start])
+            told = {"context_start": start, "context_hash": hashed, "rows": rows[start * 4 * width : stop * 4 * width]}
+            request = pb.TailRequest(session_id=session, draft_ids=[1], cut=1, codec="float32", **told)
+            reply: pb.VerifyReply = stub.Tail(request, timeout=PATIENCE_S)
+            return reply
+
+        ask(0, 6)
+        expected = ask(5, 9)
+        os.kill(server.engine, signal.SIGKILL)
+        until(lambda: health_of(server.address) == NOT_SERVING)
+        with pytest.raises(grpc.RpcError) as refused:
+            ask(5, 9)
+        assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+        until(lambda: health_of(server.address) == SERVING)
+        with pytest.raises(grpc.RpcError) as refused:
+            ask(5, 9)
+        assert refused.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+        again = ask(0, 9)
+        assert (again.num_accepted, again.next_token_id) == (expected.num_accepted, expected.next_token_id)
 
 
 def test_a_health_watcher_that_takes_no_message_keeps_nobody_waiting(tiny_pair: Pair) -> None:
