@@ -93,7 +93,7 @@ class Accuracy:
 
     def __init__(self, model: OnnxModel, samples: Sequence[Sample], metric: LossMetric, num_threads: int) -> None:
         self._model, self._samples, self._metric, self._num_threads = model, samples, metric, num_threads
-        whole = Session(model.proto, num_threads)
+        whole = Session(model.proto, num_threads, name=str(model.path))
         self._expected = [whole.run(sample) for sample in samples]
         again = whole.run(samples[0])
         if any(not same_bits(again[name], value) for name, value in self._expected[0].items()):

@@ -36,13 +36,13 @@ def cut_model(model: OnnxModel, structure: Structure, dag: Dag, facts: Mapping[s
         return Halves(model.proto, None, [], outputs, [])
     boundary = [dag.flows[index].name for index in dag.crossing(edge)]
     on_device = [node for group in sorted(edge) for node in structure.groups[group]]
-    if not on_device:
+    if not on_device and len(boundary) == len(model.inputs):
         return Halves(None, model.proto, boundary, edge_outputs, ordered)
     in_cloud = [node for group in sorted(dag.whole - edge) for node in structure.groups[group]]
     made = [name for name in boundary if name in structure.producers and name not in edge_outputs]
     read = {name for node in on_device for name in structure.needs[node]}
     inputs = [tensor.name for tensor in model.inputs if tensor.name in read]
-    front = _extract(model, structure, facts, on_device, inputs, [*edge_outputs, *made])
+    front = _extract(model, structure, facts, on_device, inputs, [*edge_outputs, *made]) if on_device else None
     tail = _extract(model, structure, facts, in_cloud, boundary, ordered)
     return Halves(front, tail, boundary, edge_outputs, ordered)
 

@@ -25,6 +25,7 @@ class Session:
         model: onnx.ModelProto | bytes,
         num_threads: int,
         *,
+        name: str = "the model",  # for errors
         level: Any = ALL,
         optimized: Path | None = None,  # write there what the runtime makes of it
         profile: Path | None = None,  # prefix of a file for times
@@ -44,7 +45,8 @@ class Session:
         try:
             self._session = ort.InferenceSession(raw, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's own exceptions have no common base
-            raise ModelError(f"ONNX Runtime cannot load the model: {_first_line(error)}") from error
+            raise ModelError(f"ONNX Runtime cannot load {name}: {_first_line(error)}") from error
+        self._name = name
         self.input_names = [value.name for value in self._session.get_inputs()]
         self.output_names = [value.name for value in self._session.get_outputs()]
 
@@ -54,7 +56,7 @@ class Session:
         try:
             found = self._session.run(names, {name: values[name] for name in self.input_names})
         except Exception as error:
-            raise ModelError(f"the model does not run on the samples: {_first_line(error)}") from error
+            raise ModelError(f"{self._name} does not run on the samples: {_first_line(error)}") from error
         return dict(zip(names, found, strict=True))
 
     def end_profiling(self) -> Path:
