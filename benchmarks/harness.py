@@ -27,6 +27,7 @@ __all__ = [
     "arguments",
     "cores",
     "find_bundle",
+    "listening",
     "pinned",
     "progress",
     "report",

@@ -15,9 +15,20 @@ from pathlib import Path
 
 from edgecloud.fingerprint import sha256_file
 from edgecloud.partitioner.atomic import atomic_folder, exclusive, link_or_copy
+from edgecloud.partitioner.fetch import cache_folder
 
 MANIFEST = "step.json"
 MAX_STEPS = 12  # kept, the latest used; an export of a small model is about 100 MB
+
+
+def usable_cache(remark: Callable[[str], None]) -> Path | None:
+    """The cache folder; None, said aloud, where it cannot be written to."""
+    cache = cache_folder()
+    existing = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
+    if existing.is_dir() and os.access(existing, os.W_OK):
+        return cache
+    remark(f"the cache {cache} cannot be written to, so nothing is kept for another run; set EDGECLOUD_HOME to a folder of yours")
+    return None
 
 
 def step_key(parts: Mapping[str, object]) -> str:

@@ -80,7 +80,8 @@ main()
 
 def start(model: Path, bundle: Path, max_file_bytes: int = 0) -> subprocess.Popen[str]:
     arguments = [str(max_file_bytes), "partition", str(model), "-o", str(bundle), "--json"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    home = model.parent / f"home-{max_file_bytes}"  # a cache of its own: what one test has exported, another shall export
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "EDGECLOUD_HOME": str(home)}
     return subprocess.Popen(
         [sys.executable, "-c", COMMAND, *arguments],
         stdout=subprocess.PIPE,

@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import make_tiny_llama
+from typer.testing import CliRunner
 
+from edgecloud.cli.app import app
 from edgecloud.cost import COST_SLOWDOWN, Price, overlapped, split_overlapped, survival
 from edgecloud.errors import ConfigError, NoPlanError
 from edgecloud.partitioner.candidate import Candidate, Connection, Draft, Workload, candidates
@@ -22,6 +25,7 @@ from edgecloud.partitioner.machine_profile import Energy, MachineProfile, load_p
 from edgecloud.partitioner.plan import Plan, make_plan
 from edgecloud.partitioner.prediction import Predictor, Scene
 from edgecloud.partitioner.search import VALUES, Constraints, Search, search
+from edgecloud.partitioner.step_cache import MAX_STEPS, cached_step, step_key, usable_cache
 from edgecloud.plan_report import to_html, write_plan
 
 SHAPE = ModelShape("model", 5, 256, 8, 2, 32, 1024, 8000, tied=True)
@@ -239,3 +243,105 @@ def test_a_phone_in_front_of_an_a100_should_leave_a_7b_model_alone() -> None:
     edge = found.best_of("edge")
     assert edge is not None
     assert "needs" in edge.violated[0]
+
+
+# Steps that are not done twice
+
+
+def test_a_step_is_made_once_and_again_when_its_files_were_changed(tmp_path: Path) -> None:
+    made: list[str] = []
+
+    def make(folder: Path) -> None:
+        (folder / "inner").mkdir(parents=True)
+        (folder / "inner" / "graph").write_text("graph")
+        made.append(folder.name)
+
+    def step(name: str, **parts: object) -> bool:
+        found = cached_step(tmp_path / "cache", {"step": "export", **parts}, tmp_path / name, make)
+        assert (tmp_path / name / "inner" / "graph").read_text() == "graph"
+        return found
+
+    assert [step("a", cut=1), step("b", cut=1), step("c", cut=2)] == [False, True, False]
+    assert len(made) == 2
+    (tmp_path / "cache" / "steps" / step_key({"step": "export", "cut": 1}) / "content" / "inner" / "graph").write_text("changed")
+    assert step("d", cut=1) is False
+    assert len(made) == 3
+
+
+def test_a_step_that_fails_leaves_nothing_and_old_ones_are_forgotten(tmp_path: Path) -> None:
+    def fails(folder: Path) -> None:
+        folder.mkdir(parents=True)
+        (folder / "half").write_text("half")
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        cached_step(tmp_path / "cache", {"step": 0}, tmp_path / "out", fails)
+    assert not (tmp_path / "out").exists()
+    assert not any((tmp_path / "cache" / "steps").iterdir())
+    for number in range(MAX_STEPS + 3):
+        cached_step(tmp_path / "cache", {"step": number}, tmp_path / f"{number}", lambda folder: folder.mkdir(parents=True))
+    kept = {path.name for path in (tmp_path / "cache" / "steps").iterdir()}
+    assert len(kept) == MAX_STEPS
+    assert step_key({"step": MAX_STEPS + 2}) in kept
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    said: list[str] = []
+    monkeypatch.setenv("EDGECLOUD_HOME", str(tmp_path / "file" / "home"))
+    assert usable_cache(said.append) is None
+    assert "EDGECLOUD_HOME" in said[0]
+    monkeypatch.setenv("EDGECLOUD_HOME", str(tmp_path / "home"))
+    assert usable_cache(said.append) == tmp_path / "home"
+
+
+# The command
+
+
+def run(*arguments: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["partition", *arguments])
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("models") / "tiny", num_layers=3)
+
+
+def test_a_dry_run_plans_for_machines_that_are_not_there(tiny: Path, tmp_path: Path) -> None:
+    words = [str(tiny), "-o", str(tmp_path / "bundle"), "--dry-run", "--json", "--device", "phone", "--cloud-device", "h100"]
+    code, out, _ = run(*words, "--objective", "privacy", "--max-loss", "1", "--link", "30ms@5mbit")
+    assert code == 0
+    plan = json.loads(out)["plan"]
+    assert plan["link"] == {"name": "30ms@5mbit", "rtt_ms": 30.0, "up_mbps": 5.0}
+    assert plan["best"]["mode"] in ("edge", "split")
+    assert plan["device"].startswith("mid-range phone")
+    assert any("assumed to be right 70%" in line for line in plan["assumptions"])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--device", "nokia"], "--device nokia is neither a file nor a profile"),
+        (["--cloud-device", "abacus"], "--cloud-device abacus is neither"),
+        (["--link", "carrier-pigeon"], "--link is 'carrier-pigeon'"),
+        (["--link", "20ms@fast"], "fast"),
+        (["--max-ram", "lots"], "--max-ram is 'lots'; it takes bytes"),
+        (["--max-ram", "1mb"], "one does with --max-ram"),
+        (["--max-loss", "2"], "max_loss is 2.0"),
+        (["--tpot", "soon"], "soon"),
+        (["--acceptance", "1"], "--acceptance is 1.0"),
+        (["--prompt-tokens", "0"], "prompt_tokens is 0"),
+        (["--damage", "nowhere.json"], "--damage nowhere.json cannot be read"),
+        (["--objective", "energy"], "no figures of energy"),
+        (["--device", "a100"], "has no figure for int4"),
+    ],
+)
+def test_a_value_that_cannot_be_is_named_and_nothing_is_written(
+    words: list[str], complaint: str, tiny: Path, tmp_path: Path
+) -> None:
+    result = CliRunner().invoke(app, ["partition", str(tiny), "-o", str(tmp_path / "bundle"), "--dry-run", *words])
+    assert isinstance(result.exception, ConfigError)
+    assert complaint in str(result.exception)
+    assert list(tmp_path.iterdir()) == []

@@ -105,9 +105,11 @@ def partition(  # typer fills them by name
         return
     console.print("loading torch and transformers", style="dim", highlight=False)
     with extra_installed():
-        from edgecloud.partitioner.fetch import cache_folder
         from edgecloud.partitioner.partition import partition as run_partition
-    made = run_partition(inputs, cache=cache_folder(), remark=lambda text: console.print(text, style="dim", highlight=False))
+        from edgecloud.partitioner.step_cache import usable_cache
+    made = run_partition(
+        inputs, cache=usable_cache(remarks(console)), remark=lambda text: console.print(text, style="dim", highlight=False)
+    )
     plan = options.plan(inputs, made)
     if as_json:
         print_json({**made.to_dict(), "plan": plan.to_dict()})
