@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from random import Random
+from typing import NamedTuple
 
 from simpy import Environment
 from virtual_link import later
@@ -37,7 +38,7 @@ class PassTimes:
         square = sum((x - mean_n) ** 2 for x in n) or 1.0
         slope = max(0.0, sum((x - mean_n) * (y - mean_ms) for x, y in zip(n, at, strict=True)) / square)
         base = max(0.0, mean_ms - slope * mean_n - per_context_token_ms * rows_context)
-        self.fit = (base, slope, per_context_token_ms)  # the line that the service tells of
+        self.load = ServiceLoad(1, 0, 1, 1, base, slope, per_context_token_ms)  # with the line that the service tells of
 
     def of(self, num_rows: int, num_context: int) -> float:
         """Milliseconds."""
@@ -79,8 +80,7 @@ class Job:
     cancelled: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Extended:
+class Extended(NamedTuple):
     """A verdict, or a token of a stream."""
 
     num_accepted: int
@@ -244,8 +244,7 @@ class VirtualCloud:
         job.num_emitted += 1
         last = job.num_emitted >= job.max_new_tokens or token in self._stops or cached + 1 >= len(truth)
         queue_ms = (now_s - job.arrived_s - pass_s) * 1e3
-        load = ServiceLoad(1, 0, 1, 1, *self._times.fit)
-        answer = Extended(num_accepted, token, max(0.0, queue_ms), pass_s * 1e3, share, load, last)
+        answer = Extended(num_accepted, token, max(0.0, queue_ms), pass_s * 1e3, share, self._times.load, last)
         if not job.cancelled:
             job.reply(answer)
         if last or job.cancelled:
@@ -256,5 +255,9 @@ class VirtualCloud:
 
     def _finish(self) -> None:
         self._job = None
-        while self._deferred and self._job is None:
+        while self._deferred and not self._busy:
             self._admit(self._deferred.popleft())
+
+    @property
+    def _busy(self) -> bool:
+        return self._job is not None

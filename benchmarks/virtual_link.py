@@ -15,7 +15,8 @@ Receiver = Callable[..., None]
 class Later(Event):
     """An event that is a call and no more: there are thousands of them in a minute."""
 
-    _ok, _value = True, None  # triggered when it is made, as simpy's Timeout
+    _ok = True  # triggered when it is made, as simpy's Timeout
+    _value = None
 
     def __init__(self, env: Environment, delay_s: float, call: Receiver, arguments: tuple[Any, ...]) -> None:
         self.callbacks = [lambda _: call(*arguments)]
