@@ -16,7 +16,8 @@ from edgecloud.fingerprint import read_json
 from edgecloud.partitioner.child import ChildError, run_module
 from edgecloud.partitioner.model_folder import ModelFolder
 
-Precision = Literal["int4", "fp32"]
+Precision = Literal["int4", "fp32"]  # of a draft
+FrontPrecision = Literal["int4", "int8", "fp16", "fp32"]
 BUILDER = "onnxruntime_genai.models.builder"
 GRAPH_FILES = ("model.onnx", "model.onnx.data")
 

@@ -12,9 +12,8 @@ import onnx_ir as ir
 
 from edgecloud.errors import ModelError
 from edgecloud.partitioner.export import GRAPH_FILES, run_builder
+from edgecloud.partitioner.graph import BOUNDARY
 from edgecloud.partitioner.model_folder import ModelFolder
-
-OUTPUT = "boundary"  # [1, rows, width] float32
 
 
 def export_front(model: ModelFolder, cut: int, folder: Path) -> Path:
@@ -53,6 +52,6 @@ def _stream_entering(graph: ir.Graph, layer: int) -> ir.Value:
     producer = None if norm is None else norm.producer()
     if norm is None or producer is None:
         raise ModelError(f"the exported graph names no residual stream that enters layer {layer}; this model cannot be cut")
-    stream = ir.Value(name=OUTPUT, shape=norm.shape, type=ir.TensorType(ir.DataType.FLOAT))
+    stream = ir.Value(name=BOUNDARY, shape=norm.shape, type=ir.TensorType(ir.DataType.FLOAT))
     graph.append(ir.Node("", "Add", list(producer.inputs[:2]), outputs=[stream], name="/boundary/Add"))
     return stream

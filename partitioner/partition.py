@@ -6,11 +6,10 @@ import dataclasses
 import hashlib
 import shutil
 import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from edgecloud.bundle import MANIFEST, Bundle, DraftInfo, FileInfo, TargetInfo, TokenizerInfo
+from edgecloud.bundle import MANIFEST, Bundle, DraftInfo, FileInfo, FrontInfo, TargetInfo, TokenizerInfo
 from edgecloud.errors import BundleError, ModelError
 from edgecloud.fingerprint import sha256_file, tokenizer_fingerprint
 from edgecloud.partitioner import check, tokenizer_match
@@ -19,12 +18,12 @@ from edgecloud.partitioner.child import ChildError
 from edgecloud.partitioner.device import measure_device
 from edgecloud.partitioner.download import NO_SPACE
 from edgecloud.partitioner.export import GRAPH_FILES, export_graph
+from edgecloud.partitioner.front_maker import FRONT_FOLDER, FrontMaker, graph_bytes
 from edgecloud.partitioner.inputs import Inputs
 from edgecloud.partitioner.model_folder import CLOUD_FILES, ModelFolder
-from edgecloud.partitioner.report import PartitionReport, describe_notes
+from edgecloud.partitioner.report import PartitionReport, Remark, describe_notes
 
 DRAFT_FOLDER = "edge/draft"
-Remark = Callable[[str], None]
 
 
 def partition(inputs: Inputs, *, remark: Remark = lambda _: None) -> PartitionReport:
@@ -57,12 +56,14 @@ def _fill(folder: Path, inputs: Inputs, remark: Remark) -> PartitionReport:
     graph = _export_draft(folder, inputs, remark)
     _copy_target(target, folder / "cloud")
     tokenizer = _write_tokenizer(folder, target)
-    parity, agreement = _check(folder, graph, inputs, tokenizer.eos_token_ids, remark)
+    front = None if inputs.front is None else FrontMaker(target, inputs.front, folder, remark)
+    parity, agreement = _check(folder, graph, inputs, tokenizer.eos_token_ids, front, remark)
     remark("speed and memory of the draft, one thread")
     try:
         device = measure_device(graph)
     except ChildError as error:
         raise ModelError(f"the exported draft does not run: {error}") from error
+    front_report = None if front is None else front.report()
     remark("checksums")
     files = {
         path.relative_to(folder).as_posix(): FileInfo(sha256_file(path), path.stat().st_size)
@@ -79,12 +80,13 @@ def _fill(folder: Path, inputs: Inputs, remark: Remark) -> PartitionReport:
         draft_fingerprint=draft_fingerprint,
         tokenizer_fingerprint=tokenizer.fingerprint,
         target_bytes=target.num_bytes,
-        draft_bytes=sum(files[f"{DRAFT_FOLDER}/{name}"].num_bytes for name in GRAPH_FILES if f"{DRAFT_FOLDER}/{name}" in files),
+        draft_bytes=graph_bytes(graph),
         device_bytes=sum(info.num_bytes for name, info in files.items() if name.startswith("edge/")),
         parity=parity,
         agreement=agreement,
         device=device,
-        notes=describe_notes(target, draft, inputs.precision),
+        notes=describe_notes(target, draft, inputs),
+        front=front_report,
     )
     bundle = Bundle(
         path=folder,
@@ -103,6 +105,12 @@ def _fill(folder: Path, inputs: Inputs, remark: Remark) -> PartitionReport:
         tokenizer=tokenizer,
         files=files,
         checks=report.checks(),
+        cut_points=[] if inputs.front is None else [inputs.front.cut],
+        front=None if front_report is None else FrontInfo(
+            model=f"{FRONT_FOLDER}/{GRAPH_FILES[0]}", cut=front_report.cut, num_layers=front_report.num_layers,
+            width=front_report.width, quantization=front_report.precision, codec=front_report.codec,
+            max_context_tokens=target.max_context_tokens,
+        ),
     )  # fmt: skip
     (folder / MANIFEST).write_text(bundle.to_json(), "utf-8")
     Bundle.open(folder)  # what cannot be read back gets no name
@@ -121,7 +129,7 @@ def _export_draft(folder: Path, inputs: Inputs, remark: Remark) -> Path:
 
 
 def _check(
-    folder: Path, graph: Path, inputs: Inputs, eos_token_ids: list[int], remark: Remark
+    folder: Path, graph: Path, inputs: Inputs, eos_token_ids: list[int], front: FrontMaker | None, remark: Remark
 ) -> tuple[check.Parity, check.Agreement]:
     target, draft = inputs.target, inputs.draft
     same = draft.path == target.path
@@ -132,8 +140,10 @@ def _check(
             f"a context of {shortest} tokens is too short to check the draft, {check.NUM_CONTINUATION_TOKENS + 1} are needed"
         )
     remark("the target's answers to the built-in prompts")
-    target_model = check.load_torch(target, fp32=same)
+    target_model = check.load_torch(target, fp32=same or front is not None)
     samples = check.continue_greedily(target_model, check.encode_prompts(target, room), eos_token_ids, inputs.num_tokens)
+    if front is not None:
+        front.make_and_check(target_model, samples)
     remark("logit parity of an fp32 export with torch")
     draft_model = target_model if same else check.load_torch(draft, fp32=True)
     scratch = folder / "parity"

@@ -9,20 +9,18 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
-from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 from edgecloud.errors import BundleError, ModelError
 from edgecloud.partitioner.child import ChildError, run_module
-from edgecloud.partitioner.export import GRAPH_FILES
+from edgecloud.partitioner.export import GRAPH_FILES, FrontPrecision
 
-FrontPrecision = Literal["int4", "int8", "fp16", "fp32"]
 BITS = {"int4": 4, "int8": 8}
 BLOCK = 32  # weights that share a scale
 ACCURACY_LEVEL = 4  # activations in int8; 1 would unpack every weight for a run of several rows, at ten times the time
@@ -52,12 +50,14 @@ def quantize_front(graph: Path, folder: Path, precision: FrontPrecision) -> Path
 
 def _in_blocks(graph: Path, bits: int) -> ir.Model:
     """Products in `bits`, the embedding in 8: it is read row by row, so its bits cost no time."""
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer  # importing it sets up logging for everybody
+
     quantizer = MatMulNBitsQuantizer(
         model=onnx.load(graph), bits=bits, block_size=BLOCK, is_symmetric=True, accuracy_level=ACCURACY_LEVEL,
         op_types_to_quantize=("MatMul",),
     )  # fmt: skip
     quantizer.process()
-    model = ir.from_proto(quantizer.model.model)
+    model: ir.Model = ir.from_proto(quantizer.model.model)
     for node, embedding in _users_of_matrices(model.graph, "Gather"):
         codes, scales = _blocks_of_rows(_array(embedding))
         inputs = [
@@ -66,7 +66,9 @@ def _in_blocks(graph: Path, bits: int) -> ir.Model:
             _initializer(model.graph, f"{embedding.name}_scales", scales),
         ]
         attributes = {"bits": 8, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
-        _insert_instead(model.graph, node, ir.node("GatherBlockQuantized", inputs, attributes, domain=DOMAIN, name=f"{node.name}_Q8"))
+        _insert_instead(
+            model.graph, node, ir.node("GatherBlockQuantized", inputs, attributes, domain=DOMAIN, name=f"{node.name}_Q8")
+        )
     RemoveUnusedNodesPass()(model)
     return model
 
