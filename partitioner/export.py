@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,8 @@ from edgecloud.fingerprint import read_json
 from edgecloud.partitioner.child import ChildError, run_module
 from edgecloud.partitioner.model_folder import ModelFolder
 
-Precision = Literal["int4", "fp32"]
+Precision = Literal["int4", "fp32"]  # of a draft
+FrontPrecision = Literal["int4", "int8", "fp16", "fp32"]
 BUILDER = "onnxruntime_genai.models.builder"
 GRAPH_FILES = ("model.onnx", "model.onnx.data")
 
@@ -31,6 +33,11 @@ def export_graph(model: ModelFolder, folder: Path, precision: Precision) -> Path
     options = ["prune_lm_head=true", f"shared_embeddings={'true' if tied else 'false'}"]
     if precision == "int4":
         options.append("accuracy_level=4")  # activations in int8
+    return run_builder(model, folder, precision, options)
+
+
+def run_builder(model: ModelFolder, folder: Path, precision: Precision, options: Sequence[str]) -> Path:
+    """The builder with these of its extra options. As `export_graph`."""
     try:
         run_module(
             BUILDER,
@@ -39,7 +46,7 @@ def export_graph(model: ModelFolder, folder: Path, precision: Precision) -> Path
         )  # fmt: skip
     except ChildError as error:
         if error.out_of_space:
-            raise BundleError(f"no room for the exported draft in {folder.parent}; free some space and run it again") from error
+            raise BundleError(f"no room for the exported graph in {folder.parent}; free some space and run it again") from error
         raise ModelError(f"{model.path} cannot be exported as {precision} ONNX: {error}") from error
     graph = folder / GRAPH_FILES[0]
     if not graph.is_file():

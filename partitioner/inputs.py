@@ -7,13 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgecloud.bundle import is_bundle
-from edgecloud.errors import BundleError, ConfigError
-from edgecloud.partitioner.export import Precision
+from edgecloud.errors import BundleError, ConfigError, ModelError
+from edgecloud.kernels.codec import require_codec
+from edgecloud.partitioner.export import FrontPrecision, Precision
 from edgecloud.partitioner.model_folder import ModelFolder
 from edgecloud.partitioner.tokenizer_match import require_same_tokenizer
 
 MARGIN_BYTES = 16 << 20
 INT4_BYTES = 4 / 8 + 4 / 32  # a weight: four bits and its share of a block's fp32 scale
+
+
+@dataclass(frozen=True, slots=True)
+class FrontPlan:
+    """The front that a bundle is to have."""
+
+    cut: int
+    num_layers: int
+    precision: FrontPrecision
+    codec: str  # of its rows on the wire
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +38,25 @@ class Inputs:
     num_tokens: int  # of the shared tokenizer
     draft_bytes: int  # estimate
     target_bytes: int  # 0 new bytes where the target can be hard-linked
-    needed_bytes: int  # on the destination's disk, the fp32 export for the parity check included
+    needed_bytes: int  # on the destination's disk, the fp32 exports for the parity checks included
+    front: FrontPlan | None = None
 
 
-def check_inputs(model: str, bundle: Path, *, draft: str | None, precision: Precision, overwrite: bool) -> Inputs:
+def check_inputs(
+    model: str,
+    bundle: Path,
+    *,
+    draft: str | None,
+    precision: Precision,
+    overwrite: bool,
+    cut: int | None = None,
+    front_precision: FrontPrecision = "int8",
+    boundary: str = "int8",
+) -> Inputs:
     """Look at everything, write nothing.
 
     Raises:
-        ConfigError: the bundle would replace the model's own folder.
+        ConfigError: the bundle would replace the model's own folder; a cut out of range, an unknown boundary codec.
         ModelError: a model folder cannot be used; TokenizerMismatchError: the two do not share a tokenizer.
         BundleError: something else is in the way, or the disk has too little room.
     """
@@ -43,15 +65,17 @@ def check_inputs(model: str, bundle: Path, *, draft: str | None, precision: Prec
     destination = check_destination(bundle, overwrite)
     if destination in {target.path, drafter.path}:
         raise ConfigError(f"{bundle} is the model's own folder; choose another one for the bundle")
+    front = None if cut is None else _plan_front(target, cut, front_precision, boundary)
     num_tokens = require_same_tokenizer(drafter, target)
     parent = next(folder for folder in destination.parents if folder.exists())
     linked = parent.stat().st_dev == target.path.stat().st_dev
     draft_bytes = int(drafter.num_parameters * (INT4_BYTES if precision == "int4" else 4))
     target_bytes = 0 if linked else target.num_bytes
     check_bytes = drafter.num_parameters * 4 if precision == "int4" else 0
-    needed = target_bytes + draft_bytes + check_bytes + MARGIN_BYTES
+    front_bytes = 0 if front is None else _front_bytes(target)
+    needed = target_bytes + draft_bytes + check_bytes + front_bytes + MARGIN_BYTES
     require_space(parent, needed)
-    return Inputs(target, drafter, destination, precision, num_tokens, draft_bytes, target.num_bytes, needed)
+    return Inputs(target, drafter, destination, precision, num_tokens, draft_bytes, target.num_bytes, needed, front)
 
 
 def require_space(folder: Path, needed_bytes: int) -> None:
@@ -62,6 +86,21 @@ def require_space(folder: Path, needed_bytes: int) -> None:
             f"no room in {folder}: the work needs {needed_bytes / 1e6:.0f} MB and {free_bytes / 1e6:.0f} MB are free; "
             "free some space or choose another disk"
         )
+
+
+def _plan_front(target: ModelFolder, cut: int, precision: FrontPrecision, codec: str) -> FrontPlan:
+    num_layers = target.num_layers
+    if num_layers < 2:
+        raise ModelError(f"{target.path} has {num_layers} layer; a model is cut between two")
+    if not 1 <= cut < num_layers:
+        raise ConfigError(f"--cut is {cut}; {target.name} has {num_layers} layers and can be cut at 1 to {num_layers - 1}")
+    require_codec(codec)
+    return FrontPlan(cut, num_layers, precision, codec)
+
+
+def _front_bytes(target: ModelFolder) -> int:
+    """At most: the layers as exported, the front cut out of them, and the front as it stays, all in fp32."""
+    return 3 * 4 * target.num_parameters
 
 
 def check_destination(bundle: Path, overwrite: bool) -> Path:

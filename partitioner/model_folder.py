@@ -18,6 +18,7 @@ CLOUD_FILES = (
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
     "chat_template.json", "LICENSE", "LICENSE.txt", "NOTICE",
 )  # fmt: skip
+SIZES = ("vocab_size", "max_position_embeddings", "num_hidden_layers")
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -31,6 +32,7 @@ class ModelFolder:
     weights: list[Path]
     vocab_size: int  # rows of the embedding; may be padded beyond the tokenizer's
     max_context_tokens: int
+    num_layers: int
     num_parameters: int
     num_bytes: int  # of the weights
     dtype: str  # of most weights
@@ -48,7 +50,7 @@ class ModelFolder:
         config = read_json(path / "config.json")
         _require_causal_lm(path, config)
         text = config.get("text_config") if isinstance(config.get("text_config"), dict) else None
-        sizes = [_whole_number(path, text or config, key) for key in ("vocab_size", "max_position_embeddings")]
+        sizes = [_whole_number(path, text or config, key) for key in SIZES]
         weights = sorted(path.glob("*.safetensors"))
         if not weights:
             pickled = next(path.glob("*.bin"), None)
@@ -68,6 +70,7 @@ class ModelFolder:
             weights=weights,
             vocab_size=sizes[0],
             max_context_tokens=sizes[1],
+            num_layers=sizes[2],
             num_parameters=sum(by_dtype.values()),
             num_bytes=sum(file.stat().st_size for file in weights),
             dtype=DTYPES.get(dtype, dtype.lower()),

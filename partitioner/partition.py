@@ -6,11 +6,10 @@ import dataclasses
 import hashlib
 import shutil
 import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from edgecloud.bundle import MANIFEST, Bundle, DraftInfo, FileInfo, TargetInfo, TokenizerInfo
+from edgecloud.bundle import MANIFEST, Bundle, DraftInfo, FileInfo, FrontInfo, TargetInfo, TokenizerInfo
 from edgecloud.errors import BundleError, ModelError
 from edgecloud.fingerprint import sha256_file, tokenizer_fingerprint
 from edgecloud.partitioner import check, tokenizer_match
@@ -19,13 +18,14 @@ from edgecloud.partitioner.child import ChildError
 from edgecloud.partitioner.device import measure_device
 from edgecloud.partitioner.download import NO_SPACE
 from edgecloud.partitioner.export import GRAPH_FILES, export_graph
+from edgecloud.partitioner.front_maker import FRONT_FOLDER, FrontMaker, graph_bytes
 from edgecloud.partitioner.inputs import Inputs
 from edgecloud.partitioner.model_folder import CLOUD_FILES, ModelFolder
-from edgecloud.partitioner.report import PartitionReport, describe_notes
+from edgecloud.partitioner.reference import Reference
+from edgecloud.partitioner.report import PartitionReport, Remark, describe_notes
 from edgecloud.partitioner.steps import cached_check, cached_export
 
 DRAFT_FOLDER = "edge/draft"
-Remark = Callable[[str], None]
 
 
 def partition(inputs: Inputs, *, cache: Path | None = None, remark: Remark = lambda _: None) -> PartitionReport:
@@ -60,19 +60,24 @@ def _fill(folder: Path, inputs: Inputs, cache: Path | None, remark: Remark) -> P
     graph = _export_draft(folder, inputs, draft_fingerprint, cache, remark)
     _copy_target(target, folder / "cloud")
     tokenizer = _write_tokenizer(folder, target)
+    reference = Reference(inputs, tokenizer.eos_token_ids, remark)
     parity, agreement = cached_check(
         cache,
         (target_fingerprint, draft_fingerprint, tokenizer.fingerprint),
         inputs.precision,
         folder / "checks",
-        lambda: _check(folder, graph, inputs, tokenizer.eos_token_ids, remark),
+        lambda: _check(folder, graph, inputs, reference, remark),
     )
     shutil.rmtree(folder / "checks")
+    front = None if inputs.front is None else FrontMaker(target, inputs.front, folder, remark)
+    if front is not None:
+        front.make_and_check(reference.model, reference.samples)
     remark("speed and memory of the draft, one thread")
     try:
         device = measure_device(graph)
     except ChildError as error:
         raise ModelError(f"the exported draft does not run: {error}") from error
+    front_report = None if front is None else front.report()
     remark("checksums")
     files = {
         path.relative_to(folder).as_posix(): FileInfo(sha256_file(path), path.stat().st_size)
@@ -89,12 +94,13 @@ def _fill(folder: Path, inputs: Inputs, cache: Path | None, remark: Remark) -> P
         draft_fingerprint=draft_fingerprint,
         tokenizer_fingerprint=tokenizer.fingerprint,
         target_bytes=target.num_bytes,
-        draft_bytes=sum(files[f"{DRAFT_FOLDER}/{name}"].num_bytes for name in GRAPH_FILES if f"{DRAFT_FOLDER}/{name}" in files),
+        draft_bytes=graph_bytes(graph),
         device_bytes=sum(info.num_bytes for name, info in files.items() if name.startswith("edge/")),
         parity=parity,
         agreement=agreement,
         device=device,
-        notes=describe_notes(target, draft, inputs.precision),
+        notes=describe_notes(target, draft, inputs),
+        front=front_report,
     )
     bundle = Bundle(
         path=folder,
@@ -113,6 +119,12 @@ def _fill(folder: Path, inputs: Inputs, cache: Path | None, remark: Remark) -> P
         tokenizer=tokenizer,
         files=files,
         checks=report.checks(),
+        cut_points=[] if inputs.front is None else [inputs.front.cut],
+        front=None if front_report is None else FrontInfo(
+            model=f"{FRONT_FOLDER}/{GRAPH_FILES[0]}", cut=front_report.cut, num_layers=front_report.num_layers,
+            width=front_report.width, quantization=front_report.precision, codec=front_report.codec,
+            max_context_tokens=target.max_context_tokens,
+        ),
     )  # fmt: skip
     (folder / MANIFEST).write_text(bundle.to_json(), "utf-8")
     Bundle.open(folder)  # what cannot be read back gets no name
@@ -131,22 +143,10 @@ def _export_draft(folder: Path, inputs: Inputs, fingerprint: str, cache: Path | 
     return folder / DRAFT_FOLDER / GRAPH_FILES[0]
 
 
-def _check(
-    folder: Path, graph: Path, inputs: Inputs, eos_token_ids: list[int], remark: Remark
-) -> tuple[check.Parity, check.Agreement]:
-    target, draft = inputs.target, inputs.draft
-    same = draft.path == target.path
-    shortest = min(target.max_context_tokens, draft.max_context_tokens)
-    room = shortest - check.NUM_CONTINUATION_TOKENS
-    if room < 1:
-        raise ModelError(
-            f"a context of {shortest} tokens is too short to check the draft, {check.NUM_CONTINUATION_TOKENS + 1} are needed"
-        )
-    remark("the target's answers to the built-in prompts")
-    target_model = check.load_torch(target, fp32=same)
-    samples = check.continue_greedily(target_model, check.encode_prompts(target, room), eos_token_ids, inputs.num_tokens)
+def _check(folder: Path, graph: Path, inputs: Inputs, reference: Reference, remark: Remark) -> tuple[check.Parity, check.Agreement]:
+    target, draft, samples = inputs.target, inputs.draft, reference.samples
     remark("logit parity of an fp32 export with torch")
-    draft_model = target_model if same else check.load_torch(draft, fp32=True)
+    draft_model = reference.model if draft.path == target.path else check.load_torch(draft, fp32=True)
     scratch = folder / "parity"
     unquantized = graph if inputs.precision == "fp32" else export_graph(draft, scratch, "fp32")
     parity = check.check_parity(draft_model, check.open_graph(unquantized, samples), samples)

@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from rich.table import Table
 
 from edgecloud.partitioner.check import Agreement, Parity
-from edgecloud.partitioner.device import DeviceFigures
+from edgecloud.partitioner.device import DeviceFigures, FrontFigures
+from edgecloud.partitioner.front_check import FrontQuality
+from edgecloud.partitioner.inputs import Inputs
 from edgecloud.partitioner.model_folder import ModelFolder
+
+Remark = Callable[[str], None]  # tells a waiting person what is being done
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FrontReport:
+    """What was found out about the front of a split target."""
+
+    cut: int
+    num_layers: int
+    precision: str
+    codec: str
+    width: int
+    num_bytes: int  # graph and weights
+    parity: Parity  # of the fp32 export
+    quality: FrontQuality  # of the front and the codec as they are in the bundle
+    device: FrontFigures
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,6 +51,7 @@ class PartitionReport:
     agreement: Agreement
     device: DeviceFigures
     notes: list[str]
+    front: FrontReport | None = None
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -39,8 +60,8 @@ class PartitionReport:
 
     def checks(self) -> dict[str, Any]:
         """What bundle.json keeps."""
-        kept = ("target_bytes", "draft_bytes", "device_bytes", "parity", "agreement", "device", "notes")
-        return {key: value for key, value in self.to_dict().items() if key in kept}
+        kept = ("target_bytes", "draft_bytes", "device_bytes", "parity", "agreement", "device", "notes", "front")
+        return {key: value for key, value in self.to_dict().items() if key in kept and value is not None}
 
     def to_table(self) -> Table:
         """For a terminal."""
@@ -62,18 +83,41 @@ class PartitionReport:
             f"target passes per token, K={agreement.num_draft_tokens}": (f"{agreement.target_passes_per_token:.2f} (prediction)"),
             "draft speed here, one thread": f"{device.tokens_per_s:.0f} tokens/s, {device.decode_ms:.1f} ms a step",
         }
-        for name, value in rows.items():
+        for name, value in (rows | _front_rows(self.front)).items():
             table.add_row(name, value)
         for note in self.notes:
             table.add_row("note", note)
         return table
 
 
-def describe_notes(target: ModelFolder, draft: ModelFolder, precision: str) -> list[str]:
+def _front_rows(front: FrontReport | None) -> dict[str, str]:
+    if front is None:
+        return {}
+    quality, device = front.quality, front.device
+    times = ", ".join(f"{rows} rows {ms:.1f} ms" for rows, ms in device.rows_ms.items())
+    return {
+        "front": f"layers 0 to {front.cut - 1} of {front.num_layers}, {front.precision}, {_mb(front.num_bytes)}",
+        "front's parity before quantization": (
+            f"{front.parity.max_relative_diff:.1e} of a row's largest value (allowed {front.parity.bound:g})"
+        ),
+        "front's rows, relative error": f"{quality.median_relative_error:.2g} median, {quality.max_relative_error:.2g} at most",
+        "boundary": f"{front.codec}, {quality.bytes_per_position} bytes a token",
+        "split target agrees with the target": (
+            f"{quality.agreement:.3f} of {quality.num_positions} tokens, KL {quality.kl_nats:.1e} nats"
+        ),
+        "front's speed here, one thread": f"{times}; prompt {device.prefill_ms_per_token:.2f} ms a token",
+    }
+
+
+def describe_notes(target: ModelFolder, draft: ModelFolder, inputs: Inputs) -> list[str]:
     """Cautions that belong beside the figures."""
     notes = [note for note in dict.fromkeys((target.note, draft.note)) if note]
     if target.path == draft.path:
-        notes.append(f"the draft is the target itself in {precision}; a smaller model drafts faster and agrees less")
+        notes.append(f"the draft is the target itself in {inputs.precision}; a smaller model drafts faster and agrees less")
+    if inputs.front is not None:
+        notes.append("rows of a front can be turned back into text by who knows the model: data minimisation, not encryption")
+        if inputs.front.precision == "fp16":
+            notes.append("fp16 halves the front's files; a CPU computes with them in fp32")
     return notes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -45,6 +46,19 @@ def partition(  # typer fills them by name
         str | None, typer.Option(help="Hugging Face folder of the draft model; default: the target itself, quantized.")
     ] = None,
     precision: Annotated[Literal["int4", "fp32"], typer.Option(help="Of the draft's weights.")] = "int4",
+    cut: Annotated[
+        int | None,
+        typer.Option(
+            help="Layers of the target that the device runs itself, for mode split; the cloud runs the others.", show_default=False
+        ),
+    ] = None,
+    front_precision: Annotated[
+        Literal["int4", "int8", "fp16", "fp32"],
+        typer.Option(help="Of the weights before the cut. fp16 is a matter of size: a CPU computes in fp32."),
+    ] = "int8",
+    boundary: Annotated[
+        Literal["float32", "float16", "int8", "int4"], typer.Option(help="How rows travel from the cut to the cloud.")
+    ] = "int8",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is there.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the inputs, say what would be done, write nothing.")] = False,
     device: DeviceOption = None,
@@ -87,7 +101,10 @@ def partition(  # typer fills them by name
     )
     with extra_installed():
         options.check()
-    inputs = check_inputs(model, bundle, draft=draft, precision=precision, overwrite=overwrite)
+    inputs = check_inputs(
+        model, bundle, draft=draft, precision=precision, overwrite=overwrite,
+        cut=cut, front_precision=front_precision, boundary=boundary,
+    )  # fmt: skip
     if report is not None:
         from edgecloud.bench_report import prepare_folder
 
@@ -152,4 +169,5 @@ def _inputs(inputs: Inputs) -> dict[str, Any]:
         "target_vocab_size": inputs.target.vocab_size,
         "draft_vocab_size": inputs.draft.vocab_size,
         "disk_needed_bytes": inputs.needed_bytes,
+        "front": None if inputs.front is None else asdict(inputs.front),
     }
