@@ -12,10 +12,10 @@ import grpc
 import numpy as np
 import onnx
 import pytest
+from cut_graphs import WIDTH, model_of, random_model, same, sample, whole, write_bundle
 from fuzz import ODD, odd_field, set_odd_values
 from google.protobuf.descriptor import FieldDescriptor
 from graph_loopback import PATIENCE_S, GraphLoopback, graph_loopback, held_back
-from graphs import WIDTH, model_of, random_model, same, sample, whole, write_bundle
 from loopback import Refusal, refusal_of
 from onnx import TensorProto, helper
 from pairs import until
