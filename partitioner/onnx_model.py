@@ -64,6 +64,7 @@ def load_model(path: Path) -> OnnxModel:
         raise ModelError(f"{path} is no valid ONNX model: {str(error).strip().partition(chr(10))[0]}") from error
     if proto.functions:
         proto = onnx.inliner.inline_local_functions(proto)
+    _compute_constant_outputs(proto.graph)
     weights = {initializer.name for initializer in proto.graph.initializer}
     weights |= {sparse.values.name for sparse in proto.graph.sparse_initializer}
     inputs = [_tensor(path, value) for value in proto.graph.input if value.name not in weights]
@@ -89,6 +90,15 @@ def symbolic_shape(value: onnx.ValueInfoProto) -> list[int | str | None]:
     dims = value.type.tensor_type.shape.dim
     named = (dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in dims)
     return [None if isinstance(size, int) and size < 0 else size for size in named]
+
+
+def _compute_constant_outputs(graph: onnx.GraphProto) -> None:
+    """An output that is a weight gets a node that makes it, so that every output has a side."""
+    outputs = {value.name for value in graph.output}
+    for initializer in graph.initializer:
+        if (name := initializer.name) in outputs:
+            initializer.name = f"{name}/weight"
+            graph.node.insert(0, helper.make_node("Identity", [initializer.name], [name], name=name))
 
 
 def _check_opset(path: Path, proto: onnx.ModelProto) -> int:
