@@ -29,33 +29,30 @@ Integers = npt.NDArray[np.int16]
 class Form:
     """An integer codec. For a group of x, the first of the largest |x| being X and the largest of the others Y:
 
-    step = bfloat16(float32(max(Y, X / reach) * unit)), or 0 if that is below SMALLEST_STEP; all roundings are half to even
-    code = the integer nearest to x / step, half to even; 0 if the step is 0
-    row  = every group's step, every group's code of X (int16), every channel's code (two's complement; that of X is `marker`)
+    step = bfloat16(float32(max(Y, X / REACH) * unit)), or 0 if that is below SMALLEST_STEP; all roundings are half to even
+    wide code of X = the integer nearest to X / step, half to even; 0 if the step is 0
+    narrow code of x = that of the level nearest to x / step, half-way the even one in int8, the lower in int4; 0 if the step is 0
+    row = every group's step, every group's wide code (int16), every channel's narrow code (two's complement; that of X is `marker`)
 
-    All little-endian, the low nibble first. x becomes code * step, which float32 holds exactly, at most step / 2 away.
+    int8 has the levels 0, 1 .. 127; int4 has c * (7 + c), which lie closer where a heavy-tailed group has more values: 0, 8, 18 ..
+    98. All little-endian, the low nibble first. x becomes level * step, which float32 holds exactly.
     """
 
     bits: int  # of a narrow code
     group: int  # channels, an even number; the last group of a row may have fewer
-    unit: float  # 1 / (2**(bits-1) - 1) in so few bits that a product with a float32 is exact in float64
+    unit: float  # 1 / the highest level, in so few bits that a product with a float32 is exact in float64
 
     @property
     def marker(self) -> int:
-        """The narrow code that stands for the wide one. The others lie between its negative and itself."""
-        return -(2 ** (self.bits - 1))
-
-    @property
-    def reach(self) -> int:
-        """A wide code goes as many times further than a narrow one."""
-        return int(2 ** (16 - self.bits))
+        """The narrow code that stands for the wide one; the others lie between its negative and itself."""
+        return -(1 << (self.bits - 1))
 
     def num_groups(self, width: int) -> int:
         """Of a row of `width` channels."""
         return -(-width // self.group)
 
     def codes_start(self, width: int) -> int:
-        """Where the narrow codes begin, in bytes; steps begin at 0, wide codes half-way."""
+        """Where a row's narrow codes begin, in bytes; steps begin at 0, wide codes half-way."""
         return 4 * self.num_groups(width)
 
     def row_bytes(self, width: int) -> int:
@@ -63,7 +60,10 @@ class Form:
         return self.codes_start(width) + -(-width * self.bits // 8)
 
 
-FORMS = {"int8": Form(8, 72, 129 / 2**14), "int4": Form(4, 32, 585 / 2**12)}
+REACH = 256  # a wide code goes as many times further than the highest level, and still fits 16 bits
+INT4_BORDERS = tuple(float((c + 4) ** 2 - 12) for c in range(7))  # half-way between the levels of c and c + 1
+FORMS = {"int8": Form(8, 72, 129 / 2**14), "int4": Form(4, 32, 669 / 2**16)}
+_INT4_CODES = np.searchsorted(INT4_BORDERS, np.arange(99)).astype(np.int16)  # of a quotient rounded up: borders are whole numbers
 
 
 def row_bytes(codec: str, width: int) -> int:
@@ -106,10 +106,10 @@ def decode(data: Bytes, codec: str, width: int) -> Rows:
         raise ConfigError(
             f"data is {data.dtype} of shape {list(data.shape)}; {codec} rows of {width} channels are uint8 [n, {num_bytes}]"
         )
-    data = np.ascontiguousarray(data)
-    if codec in FORMS:
-        return _decode_grouped(data, FORMS[codec], width)
-    return data.view("<f4" if codec == "float32" else "<f2").astype(np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):  # of a stranger's bytes; rows_from_wire refuses what comes of them
+        if codec in FORMS:
+            return _decode_grouped(data, FORMS[codec], width)
+        return np.ascontiguousarray(data).view("<f4" if codec == "float32" else "<f2").astype(np.float32)
 
 
 def rows_from_wire(data: bytes, codec: str, width: int, largest: float = MAX_FLOAT32) -> Bytes:
@@ -151,14 +151,14 @@ def _encode_grouped(rows: Rows, form: Form) -> Bytes:
     at = size.argmax(axis=2, keepdims=True)  # the first of equals
     largest = np.take_along_axis(size, at, axis=2)
     np.put_along_axis(size, at, 0.0, axis=2)
-    bits = _bfloat16_bits(np.maximum(size.max(axis=2, keepdims=True), largest / form.reach) * form.unit)
+    bits = _bfloat16_bits(np.maximum(size.max(axis=2, keepdims=True), largest / REACH) * form.unit)
     step = _from_bfloat16(bits).astype(np.float64)
     x /= np.where(step == 0, np.inf, step)
-    codes = np.rint(x).astype(np.int16)
-    wide = np.take_along_axis(codes, at, axis=2)
+    wide = np.rint(np.take_along_axis(x, at, axis=2)).astype("<i2")
+    codes = _nearest_levels(x, form.bits)
     np.put_along_axis(codes, at, form.marker, axis=2)
     packed = _pack(codes.reshape(padded.shape), form.bits)
-    parts = [bits[..., 0].astype("<u2").view(np.uint8), wide[..., 0].astype("<i2").view(np.uint8)]
+    parts = [bits[..., 0].astype("<u2").view(np.uint8), wide[..., 0].view(np.uint8)]
     return np.concatenate([*parts, packed[:, : form.row_bytes(width) - form.codes_start(width)]], axis=1)
 
 
@@ -169,15 +169,26 @@ def _decode_grouped(data: Bytes, form: Form, width: int) -> Rows:
     padded = np.zeros((num_rows, num_groups * form.group), np.int16)
     padded[:, :width] = _unpack(data[:, start:], form.bits)[:, :width]
     codes = padded.reshape(num_rows, num_groups, form.group)
-    with np.errstate(invalid="ignore", over="ignore"):  # of a stranger's steps; rows_from_wire refuses what comes of it
-        values = np.where(codes == form.marker, wide, codes) * steps
+    values = np.where(codes == form.marker, wide, _levels(codes, form.bits)) * steps
     return np.ascontiguousarray(values.reshape(padded.shape)[:, :width])
+
+
+def _nearest_levels(quotients: npt.NDArray[np.float64], bits: int) -> Integers:
+    """Narrow codes."""
+    if bits == 8:
+        return np.rint(quotients).astype(np.int16)
+    codes = _INT4_CODES.take(np.ceil(np.abs(quotients)).astype(np.intp), mode="clip")
+    return np.where(quotients < 0, -codes, codes)
+
+
+def _levels(codes: Integers, bits: int) -> Integers:
+    return codes if bits == 8 else codes * (7 + np.abs(codes))
 
 
 def _bfloat16_bits(values: npt.NDArray[np.float64]) -> npt.NDArray[np.uint16]:
     """Through float32, each time to the nearest, half to even; below SMALLEST_STEP to zero."""
-    bits = values.astype(np.float32).view(np.uint32)
-    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    exact = values.astype(np.float32).view(np.uint32)
+    bits = (exact + 0x7FFF + ((exact >> 16) & 1)) >> 16
     return np.where(bits < 0x80, 0, bits).astype(np.uint16)  # 0x80 is SMALLEST_STEP
 
 
@@ -188,9 +199,7 @@ def _from_bfloat16(bits: npt.NDArray[np.uint16]) -> Rows:
 def _pack(codes: Integers, bits: int) -> Bytes:
     if bits == 8:
         return codes.astype(np.uint8)
-    nibbles = (codes & 0xF).astype(np.uint8)
-    packed: Bytes = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
-    return packed
+    return (codes[:, 0::2] & 0xF | codes[:, 1::2] << 4).astype(np.uint8)
 
 
 def _unpack(packed: Bytes, bits: int) -> Integers:

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from edgecloud.kernels import codec_torch
-from edgecloud.kernels.codec import FORMS
+from edgecloud.kernels.codec import FORMS, REACH
 
 CHUNK = 1024  # channels that a program decodes
 
@@ -38,6 +38,7 @@ def encode(rows: Tensor, codec: str) -> Tensor:
                 form.unit,
                 BITS=form.bits,
                 GROUP=form.group,
+                REACH=REACH,
                 BLOCK=triton.next_power_of_2(form.group),
             )
     return data
@@ -72,6 +73,7 @@ def _encode_group(
     unit: tl.tensor,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
+    REACH: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """One group of one row: its step, its wide code, its narrow codes."""
@@ -83,14 +85,21 @@ def _encode_group(
     size = tl.abs(x)
     largest, at = tl.max(size, 0, return_indices=True)  # the first of equals
     second = tl.max(tl.where(i == at, 0.0, size), 0)
-    step = (tl.maximum(second, largest * (1.0 / (1 << (16 - BITS)))) * unit).to(tl.float32)
+    step = (tl.maximum(second, largest / REACH) * unit).to(tl.float32)
     bits = step.to(tl.uint32, bitcast=True)
     bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     bits = tl.where(bits < 0x80, 0, bits)
     step = (bits << 16).to(tl.float32, bitcast=True)
     quotient = x / tl.where(bits == 0, float("inf"), step).to(tl.float64)
-    codes = ((quotient + 6755399441055744.0) - 6755399441055744.0).to(tl.int32)  # 1.5 * 2**52 leaves no fraction: half to even
-    wide = tl.sum(tl.where(i == at, codes, 0), 0)
+    nearest = ((quotient + 6755399441055744.0) - 6755399441055744.0).to(tl.int32)  # 1.5 * 2**52 leaves no fraction: half to even
+    wide = tl.sum(tl.where(i == at, nearest, 0), 0)
+    if BITS == 8:
+        codes = nearest
+    else:
+        codes = tl.zeros([BLOCK], tl.int32)
+        for c in tl.static_range(7):
+            codes += (tl.abs(quotient) > (c + 4) * (c + 4) - 12).to(tl.int32)
+        codes = tl.where(quotient < 0, -codes, codes)
     codes = tl.where(i == at, -(1 << (BITS - 1)), codes)
 
     num_bytes = 4 * num_groups + (width * BITS + 7) // 8
@@ -136,8 +145,11 @@ def _decode_chunk(
         code = (code >> (4 * (v % 2))) & 0xF
     half = 1 << (BITS - 1)
     code = (code ^ half) - half
-    code = tl.where(code == -half, wide, code)
-    value = code.to(tl.float32) * (step << 16).to(tl.float32, bitcast=True)
+    level = code
+    if BITS == 4:
+        level = code * (7 + tl.abs(code))
+    level = tl.where(code == -half, wide, level)
+    value = level.to(tl.float32) * (step << 16).to(tl.float32, bitcast=True)
     tl.store(rows + row * width + v, value, mask=inside)
 
 

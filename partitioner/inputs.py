@@ -40,7 +40,7 @@ def check_inputs(model: str, bundle: Path, *, draft: str | None, precision: Prec
     """
     target = ModelFolder.open(model)
     drafter = target if draft is None else ModelFolder.open(draft)
-    destination = _destination(bundle, overwrite)
+    destination = check_destination(bundle, overwrite)
     if destination in {target.path, drafter.path}:
         raise ConfigError(f"{bundle} is the model's own folder; choose another one for the bundle")
     num_tokens = require_same_tokenizer(drafter, target)
@@ -64,7 +64,8 @@ def require_space(folder: Path, needed_bytes: int) -> None:
         )
 
 
-def _destination(bundle: Path, overwrite: bool) -> Path:
+def check_destination(bundle: Path, overwrite: bool) -> Path:
+    """Where a bundle goes. Raises BundleError if something of the user's is in the way."""
     destination = bundle.resolve()
     if destination.is_dir():
         if is_bundle(destination):

@@ -11,7 +11,24 @@ import numpy.typing as npt
 from hypothesis import strategies as st
 
 GROUPS = {"int8": 72, "int4": 32}
-UNITS = {"int8": Fraction(129, 2**14), "int4": Fraction(585, 2**12)}
+UNITS = {"int8": Fraction(129, 2**14), "int4": Fraction(669, 2**16)}
+INT4_LEVELS = [0, 8, 18, 30, 44, 60, 78, 98]
+
+
+def known_row() -> npt.NDArray[np.float32]:
+    """Two groups of int4: a huge channel, equals, half-way points, a value of next to nothing; then a group of one."""
+    row = [24_000.0, -3.5, 0.0, 127.0, -127.0, 63.5, -0.5, 1.5, 2.5, 1e-40] + [float(i % 7 - 3) for i in range(22)] + [-65.0]
+    return np.array([row], np.float32)
+
+
+KNOWN_ANSWERS = {  # hexadecimal
+    "float32": "0080bb46000060c0000000000000fe420000fec200007e42000000bf0000c03f00002040c2160100"
+    + "000040c0000000c0000080bf000000000000803f0000004000004040" * 3
+    + "000040c0000082c2",
+    "float16": "dc7500c30000f057f0d7f05300b8003e00410000" + "00c200c000bc0000003c00400042" * 3 + "00c210d4",
+    "int8": "803f" "c05d" "80fc007f8140000202" + "00fdfeff00010203fdfeff00010203fdfeff00010203fdbf",
+    "int4": "a63f2a3b" "4a481e9e" "0870490000" "000000000000000000000008",
+}  # fmt: skip
 
 
 def to_bfloat16(value: Fraction) -> int:
@@ -34,12 +51,19 @@ def plain_group(x: Sequence[Fraction], codec: str) -> tuple[int, int, list[int]]
     num_bits = int(codec.removeprefix("int"))
     at = max(range(len(x)), key=lambda i: (abs(x[i]), -i))
     others = max((abs(v) for i, v in enumerate(x) if i != at), default=Fraction(0))
-    step_bits = to_bfloat16(max(others, abs(x[at]) / 2 ** (16 - num_bits)) * UNITS[codec])
+    step_bits = to_bfloat16(max(others, abs(x[at]) / 256) * UNITS[codec])
     step = from_bfloat16(step_bits)
-    codes = [round(v / step) if step else 0 for v in x]  # Python rounds a fraction half to even
-    wide, codes[at] = codes[at], -(2 ** (num_bits - 1))
-    assert all(abs(code) <= 2 ** (num_bits - 1) - 1 for i, code in enumerate(codes) if i != at)
+    wide = round(x[at] / step) if step else 0  # Python rounds a fraction half to even
+    codes = [narrow_code(v / step, codec) if step else 0 for v in x]
+    codes[at] = -(2 ** (num_bits - 1))
     return step_bits, wide, codes
+
+
+def narrow_code(quotient: Fraction, codec: str) -> int:
+    if codec == "int8":
+        return round(quotient)
+    code = min(range(8), key=lambda c: (abs(abs(quotient) - INT4_LEVELS[c]), c))
+    return -code if quotient < 0 else code
 
 
 def plain_encode(row: Sequence[float], codec: str) -> bytes:
@@ -79,3 +103,8 @@ def row_blocks(draw: st.DrawFn, max_rows: int = 3) -> npt.NDArray[np.float32]:
     chosen = np.random.default_rng(seed).choice(np.array(sizes, np.float32), size=(num_rows, width))
     noise = np.random.default_rng(seed + 1).uniform(0.5, 1.0, size=chosen.shape) if draw(st.booleans()) else 1.0
     return (chosen * noise).astype(np.float32)
+
+
+def in_range(rows: npt.NDArray[np.float32], codec: str) -> npt.NDArray[np.float32]:
+    """Cut to what the codec takes."""
+    return np.clip(rows, -65504, 65504) if codec == "float16" else rows

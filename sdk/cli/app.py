@@ -22,8 +22,11 @@ app = typer.Typer(
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line. Returns the exit code and never lets a traceback of a foreseen error through."""
+    from edgecloud.cli.partition_graph import is_for_graph
+
+    words = ["partition-graph", *arguments[1:]] if is_for_graph(arguments) else list(arguments)
     try:
-        code = app(args=list(arguments), standalone_mode=False)
+        code = app(args=words, standalone_mode=False)
     except EdgecloudError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2 if isinstance(error, ConfigError) else 1
@@ -48,7 +51,8 @@ def run(arguments: Sequence[str]) -> int:
 def _register() -> None:
     import importlib
 
-    for command in ("fetch", "partition", "serve", "health", "token", "generate", "run", "link", "profile", "bench", "demo"):
+    first = ("fetch", "partition", "partition_graph", "serve", "health", "token", "generate", "run")
+    for command in (*first, "link", "profile", "bench", "demo"):
         importlib.import_module(f"edgecloud.cli.{command}")
 
 

