@@ -263,6 +263,11 @@ def outside_data(path: Path) -> None:
     path.write_bytes(model.SerializeToString())
 
 
+def much_data(path: Path) -> None:
+    external(path)
+    os.truncate(path.parent / "weights.bin", 3 << 30)  # no block of it is on the disk
+
+
 def unknown_operator(path: Path) -> None:
     model = onnx.load(path)
     model.graph.node[0].domain = "com.example"
@@ -298,6 +303,7 @@ def text_input(path: Path) -> None:
         (without_data, "weights.bin does not exist"),
         (short_data, "beyond the end"),
         (outside_data, "outside the model's folder"),
+        (much_data, "2 GB"),
         (unknown_operator, "cannot load"),
         (dangling, "nowhere"),
         (text_input, "STRING"),

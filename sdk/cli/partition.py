@@ -29,7 +29,10 @@ def partition(  # typer fills them by name
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the inputs, say what would be done, write nothing.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Export the draft for the device, pair it with the target, check both and report what the split costs."""
+    """Export the draft for the device, pair it with the target, check both and report what the split costs.
+
+    A file that ends in .onnx is any graph, which is cut in two: `edgecloud partition FILE.onnx --help`.
+    """
     from edgecloud.partitioner import extra_installed
 
     with extra_installed():
