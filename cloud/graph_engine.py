@@ -1,8 +1,8 @@
 """The graph engine: runs the cloud's part of cuts, requests that fit together in one run, never padded.
 
 A lone request never waits. Where the latest requests of a cut came while another one ran, the next waits a moment for company.
-Rows of a run must not know each other: what a shared run gives is compared with what lone runs give, and where they differ
-requests of that cut run alone from then on.
+Rows of a run must not know each other, and sharing must pay: now and then a shared run is held against lone ones. Where outputs
+differ, requests of that cut run alone from then on; where it is not faster (as a rule on few cores), until the next trial.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 SAME = 1e-4  # of the largest output: how far rounding may move one in company
 MAX_REPLY_BYTES = 1 << 28
+PAYS = 0.9  # of what requests take one after another: what a shared run may take to be worth it
+NUM_CHECKED = 2  # requests of a shared run that is held against lone ones
 LAST_MS = 1.0  # a request is not held back for company in the last of its deadline
 
 Arrays = Mapping[str, Array]
@@ -46,13 +48,23 @@ class Company:
 
     allowed: bool  # by the graph, and by what was seen since
     expected: bool = False  # the latest requests overlapped
-    num_shared: int = 0  # runs that more than one request could share
+    num_met: int = 0  # times that more than one request could share a run
     run_s: float = 0.0  # the latest run
+    relative: float | None = None  # time of a shared run, over that of lone ones
+
+    @property
+    def pays(self) -> bool:
+        """Whether to share, as far as is known."""
+        return self.allowed and (self.relative is None or self.relative < PAYS)
 
     @property
     def is_checked(self) -> bool:
-        """Whether the next shared run is one of those that are compared with lone ones: the first, second, fourth, eighth, ..."""
-        return self.num_shared & (self.num_shared - 1) == 0
+        """Whether the next time is one of those to hold against lone runs: the first, second, fourth, eighth, ..."""
+        return self.allowed and (self.num_met + 1) & self.num_met == 0
+
+    def tried(self, relative: float) -> None:
+        """A shared run took so much of the time of lone ones."""
+        self.relative = relative if self.relative is None else (self.relative + relative) / 2
 
 
 @dataclass(slots=True)
@@ -107,7 +119,8 @@ class GraphEngine:
             return math.inf
         batch, request = self._batch(), self._head.request
         company = self._company(request.cut)
-        if not company.allowed or not company.expected or request.num_rows is None or sum(map(_rows, batch)) >= self.max_rows:
+        is_full = sum(map(_rows, batch)) >= self.max_rows or (company.is_checked and len(batch) >= NUM_CHECKED)
+        if not company.pays or not company.expected or request.num_rows is None or is_full:
             return 0.0
         latest_s = min(request.sent_s + self.window_s, request.deadline_s - company.run_s - LAST_MS / 1e3)
         return max(0.0, (latest_s - self.clock()) * 1e3)
@@ -117,11 +130,16 @@ class GraphEngine:
         if not self.has_work:
             return
         batch = self._batch()
+        company = self._company(batch[0].request.cut)
+        company.expected = len(batch) > 1
+        if company.is_checked:
+            batch = batch[:NUM_CHECKED]
+        elif not company.pays:
+            company.num_met += len(batch) > 1
+            batch = batch[:1]
         taken = {job.number for job in batch}
         self._waiting = [job for job in self._waiting if job.number not in taken]
         self._turns[batch[0].request.tenant] = next(self._num_runs)
-        company = self._company(batch[0].request.cut)
-        company.expected = len(batch) > 1
         now_s = self.clock()
         for job in [job for job in batch if job.request.deadline_s <= now_s]:
             job.deliver(Failed("the deadline passed before there was time for it"))
@@ -175,35 +193,45 @@ class GraphEngine:
     def _run_together(self, jobs: Sequence[Job], inputs: Mapping[int, Arrays], company: Company, started_s: float) -> bool:
         """One run for all.  -> whether they are answered"""
         cut, num_rows = jobs[0].request.cut, [_rows(job) for job in jobs]
+        begun_s = self.clock()
         joined = {name: np.concatenate([inputs[job.number][name] for job in jobs]) for name in inputs[jobs[0].number]}
         try:
             shares = _split(self.run(cut, joined), num_rows)
         except ConfigError:  # one of them is the reason; each will see for itself
             return False
-        company.num_shared += 1
+        is_checked = company.is_checked
+        company.num_met += 1
         if shares is None:
             self._forbid(cut, company, "an output does not have a row for every row of the inputs")
             return False
-        if company.is_checked:
-            self._check(jobs, inputs, shares, company)
+        if is_checked:
+            self._check(jobs, inputs, shares, company, self.clock() - begun_s)
             return True
         for job, share in zip(jobs, shares, strict=True):
             job.deliver(self._answer(share, started_s, len(jobs)))
         return True
 
-    def _check(self, jobs: Sequence[Job], inputs: Mapping[int, Arrays], shares: Sequence[Arrays], company: Company) -> None:
-        """Answer from lone runs, and see whether the shared one would have given the same."""
-        for job, share in zip(jobs, shares, strict=True):
+    def _check(
+        self, jobs: Sequence[Job], inputs: Mapping[int, Arrays], shares: Sequence[Arrays], company: Company, shared_s: float
+    ) -> None:
+        """Answer from lone runs, and see whether the shared one would have given the same, and sooner."""
+        alone_s, outputs = 0.0, list[Arrays]()
+        for job in jobs:
             started_s = self.clock()
             try:
                 alone = self.run(job.request.cut, inputs[job.number])
             except ConfigError as error:
                 job.deliver(Unfit(str(error)))
                 continue
+            alone_s += self.clock() - started_s
+            outputs.append(alone)
             job.deliver(self._answer(alone, started_s, 1))
-            agrees = _agree(alone, share) and (job is not jobs[0] or self._agrees_beside_another(job, inputs[job.number], alone))
-            if company.allowed and not agrees:
-                self._forbid(job.request.cut, company, "outputs depend on what shares a run")
+        if len(outputs) < len(jobs):
+            return
+        company.tried(shared_s / alone_s if alone_s else 1.0)
+        same = all(_agree(alone, share) for alone, share in zip(outputs, shares, strict=True))
+        if not (same and self._agrees_beside_another(jobs[0], inputs[jobs[0].number], outputs[0])):
+            self._forbid(jobs[0].request.cut, company, "outputs depend on what shares a run")
 
     def _agrees_beside_another(self, job: Job, inputs: Arrays, alone: Arrays) -> bool:
         """Requests that came together may be equal, which would prove nothing: so once more, beside one made of it that is not."""

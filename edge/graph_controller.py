@@ -79,8 +79,9 @@ class GraphController:
             return None
         others = [name for name in allowed if self._needs_cloud[name] is cloud_idle]
         hopeful = [self.price(name, size, now_s, hopeful=True) for name in others]
-        trial = min(hopeful, key=lambda price: price.total_ms, default=None)
-        return trial if trial is not None and trial.total_ms < WORTH * best.total_ms else None
+        worth_it = [price for price in hopeful if price.total_ms < WORTH * best.total_ms]
+        # the one that sends least: if the link is bad after all, it costs least to learn it, and the others' prices follow
+        return min(worth_it, key=lambda price: self._estimates.uplink_bytes[price.cut], default=None)
 
     def tried(self, choice: Choice, elapsed_ms: float, size: float, now_s: float) -> None:
         """A trial took this long: the next one comes soon if it was worth it, later if not."""

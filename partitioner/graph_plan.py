@@ -23,7 +23,7 @@ from edgecloud.partitioner.samples import Sample
 MAX_CUTS = 6  # in a bundle, edge only and cloud only among them
 SWEEP_MBPS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 SWEEP_RTT_MS = (5.0, 20.0, 50.0, 100.0, 200.0)
-MIN_ROUNDS, MAX_ROUNDS, ENOUGH_S = 5, 30, 6.0  # of timing all halves in turn
+MIN_ROUNDS, MAX_ROUNDS, ENOUGH_S = 5, 30, 4.0  # of timing all halves in turn
 
 
 @dataclass(frozen=True, slots=True)

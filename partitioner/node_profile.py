@@ -23,7 +23,7 @@ from edgecloud.partitioner.ort_session import PORTABLE, Session
 from edgecloud.partitioner.samples import Sample
 
 NUM_WARMUPS = 2
-MIN_RUNS, MAX_RUNS, ENOUGH_S = 5, 40, 2.0
+MIN_RUNS, MAX_RUNS, ENOUGH_S = 5, 40, 1.5
 NCHWC = "_nchwc"  # ONNX Runtime names a convolution in a blocked layout after its output
 
 

@@ -58,12 +58,11 @@ def load_model(path: Path) -> OnnxModel:
     external = _load_external_data(path, proto)
     try:
         onnx.checker.check_model(proto)
-    except (onnx.checker.ValidationError, ValueError) as error:  # ValueError: too large to be checked in memory
-        if not isinstance(error, onnx.checker.ValidationError) and proto.ByteSize() > onnx.checker.MAXIMUM_PROTOBUF:
-            raise ModelError(f"{path} has {proto.ByteSize() / 1e9:.1f} GB, more than 2 GB cannot be cut") from error
+    except onnx.checker.ValidationError as error:
         raise ModelError(f"{path} is no valid ONNX model: {str(error).strip().partition(chr(10))[0]}") from error
     if proto.functions:
         proto = onnx.inliner.inline_local_functions(proto)
+    _compute_constant_outputs(proto.graph)
     weights = {initializer.name for initializer in proto.graph.initializer}
     weights |= {sparse.values.name for sparse in proto.graph.sparse_initializer}
     inputs = [_tensor(path, value) for value in proto.graph.input if value.name not in weights]
@@ -91,6 +90,15 @@ def symbolic_shape(value: onnx.ValueInfoProto) -> list[int | str | None]:
     return [None if isinstance(size, int) and size < 0 else size for size in named]
 
 
+def _compute_constant_outputs(graph: onnx.GraphProto) -> None:
+    """An output that is a weight gets a node that makes it, so that every output has a side."""
+    outputs = {value.name for value in graph.output}
+    for initializer in graph.initializer:
+        if (name := initializer.name) in outputs:
+            initializer.name = f"{name}/weight"
+            graph.node.insert(0, helper.make_node("Identity", [initializer.name], [name], name=name))
+
+
 def _check_opset(path: Path, proto: onnx.ModelProto) -> int:
     newest = onnx.defs.onnx_opset_version()
     for entry in proto.opset_import:
@@ -104,6 +112,7 @@ def _check_opset(path: Path, proto: onnx.ModelProto) -> int:
 def _load_external_data(path: Path, proto: onnx.ModelProto) -> list[str]:
     """Put weights that lie in other files into the model. -> names of those files"""
     names: set[str] = set()
+    num_bytes = path.stat().st_size
     for tensor in external_tensors(proto):
         info = external_data_helper.ExternalDataInfo(tensor)
         pure = PurePosixPath(info.location)
@@ -116,6 +125,9 @@ def _load_external_data(path: Path, proto: onnx.ModelProto) -> list[str]:
             raise ModelError(f"{path}: the data of {tensor.name!r} is missing, {file} does not exist; copy it beside the model")
         if (info.offset or 0) + (info.length or 0) > file.stat().st_size:
             raise ModelError(f"{path}: the data of {tensor.name!r} goes beyond the end of {file}; copy that file again")
+        num_bytes += 0 if info.location in names else file.stat().st_size
+        if num_bytes > onnx.checker.MAXIMUM_PROTOBUF:
+            raise ModelError(f"{path} has {num_bytes / 1e9:.1f} GB with its data; models of more than 2 GB cannot be cut")
         names.add(info.location)
         external_data_helper.load_external_data_for_tensor(tensor, str(path.parent))
         tensor.data_location = onnx.TensorProto.DEFAULT

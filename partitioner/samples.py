@@ -37,9 +37,10 @@ def load_samples(files: Sequence[Path], model: OnnxModel) -> list[Sample]:
 
 def _load(file: Path, model: OnnxModel) -> Sample:
     try:
-        with np.load(file, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ConfigError(f"--inputs {file} holds one array without a name; save it with numpy.savez, NAME=ARRAY")
+        found = np.load(file, allow_pickle=False)
+        if not isinstance(found, np.lib.npyio.NpzFile):
+            raise ConfigError(f"--inputs {file} holds one array without a name; save it with numpy.savez, NAME=ARRAY")
+        with found as archive:
             sample = {name: archive[name] for name in archive.files}
     except OSError as error:
         raise ConfigError(f"--inputs {file} cannot be read: {error.strerror or error}; save it with numpy.savez") from error

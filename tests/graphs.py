@@ -1,167 +1,121 @@
-"""Small random ONNX graphs, cut into bundles by hand: every prefix of the nodes can be the device's part."""
+"""Small ONNX graphs: random ones, and a convolutional one with what real ones have."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
-import onnxruntime as ort
+from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from edgecloud.fingerprint import sha256_file
-from edgecloud.graph_bundle import BoundaryTensor, CutInfo, GraphBundle, GraphInfo, TensorInfo
-from edgecloud.manifest import MANIFEST, FileInfo
-from edgecloud.tensors import num_bytes
+from edgecloud.partitioner.onnx_model import OnnxModel, load_model
+from edgecloud.partitioner.samples import Sample
 
-Floats = npt.NDArray[np.float32]
-WIDTH = 24
-PARTS = {"edge": "edge", "cloud": "cloud"}
+WIDTH = 4
+OPSET = 17
 
 
-def random_model(seed: int, *, num_layers: int = 4, width: int = WIDTH, batch: str | int = "batch") -> onnx.ModelProto:
-    """Layers with skip connections over random distances, a second input that enters late, a second output that leaves early."""
-    random = np.random.default_rng(seed)
-    nodes, weights, made = [], [], ["input"]
-    for layer in range(num_layers):
-        weights.append(numpy_helper.from_array(random.normal(0, 0.4, (width, width)).astype(np.float32), f"w{layer}"))
-        nodes.append(helper.make_node("MatMul", [made[-1], f"w{layer}"], [f"m{layer}"], name=f"matmul{layer}"))
-        nodes.append(helper.make_node("Tanh", [f"m{layer}"], [f"t{layer}"], name=f"tanh{layer}"))
-        skip = "late" if layer == num_layers - 1 else made[random.integers(len(made))]
-        nodes.append(helper.make_node("Add", [f"t{layer}", skip], [f"a{layer}"], name=f"add{layer}"))
-        made.append(f"a{layer}")
-    nodes.append(helper.make_node("Neg", ["a0"], ["early"], name="neg"))
-    nodes.append(helper.make_node("Identity", [made[-1]], ["output"], name="out"))
-    nodes.insert(3, nodes.pop(-2))  # right after the first layer
-    shape = [batch, width]
-    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("input", "late")]
-    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("output", "early")]
-    return model_of(nodes, inputs, outputs, weights)
-
-
-def model_of(nodes: Sequence[Any], inputs: Sequence[Any], outputs: Sequence[Any], weights: Sequence[Any] = ()) -> onnx.ModelProto:
-    """A checked model."""
-    graph = helper.make_graph(list(nodes), "small", list(inputs), list(outputs), list(weights))
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    onnx.checker.check_model(model)
-    return model
-
-
-def write_bundle(
-    folder: Path,
-    model: onnx.ModelProto,
-    at: Sequence[int],
-    *,
-    codec: str = "",
-    edge_ms: float = 1.0,
-    cloud_ms: float = 1.0,
-    chosen: str = "edge",
-    drop: Sequence[str] = (),
-) -> GraphBundle:
-    """A bundle with the whole graph on either side, and a cut after so many nodes for each of `at`; `drop`: cuts left out."""
-    nodes = list(model.graph.node)
-    cuts = [("edge", len(nodes)), ("cloud", 0), *((f"cut-{number + 1}", n) for number, n in enumerate(at))]
-    inferred = onnx.shape_inference.infer_shapes(model)
-    infos = {v.name: v for v in [*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output]}
-    made: list[CutInfo] = []
-    for name, n in cuts:
-        if name in drop:
-            continue
-        crossing, edge_outputs, cloud_outputs = _crossing(model, n)
-        paths = {side: f"{side}/{name}.onnx" if (n if side == "edge" else n < len(nodes)) else None for side in PARTS}
-        if paths["edge"]:
-            gives = [c for c in crossing if c not in _names(model.graph.input)] + edge_outputs
-            _save(folder / paths["edge"], model, nodes[:n], infos, gives, _names(model.graph.input))
-        if paths["cloud"]:
-            _save(folder / paths["cloud"], model, nodes[n:], infos, cloud_outputs, crossing)
-        boundary = [BoundaryTensor(c, _dtype(infos[c]), _shape(infos[c]), codec) for c in crossing]
-        if name == "edge":
-            boundary = []
-        sizes = [[size if isinstance(size, int) else 1 for size in tensor.shape] for tensor in boundary]
-        made.append(
-            CutInfo(
-                name, paths["edge"], paths["cloud"], boundary, edge_outputs, cloud_outputs,
-                edge_ms=edge_ms * n / len(nodes), cloud_ms=cloud_ms * (1 - n / len(nodes)), codec_ms=0.0,
-                boundary_bytes=sum(num_bytes(t.dtype, s, t.codec) for t, s in zip(boundary, sizes, strict=True)),
-                output_bytes=4 * WIDTH * len(cloud_outputs), edge_ram_bytes=1000 * n, max_error=0.0, loss=0.0,
-            )
-        )  # fmt: skip
-    files = {
-        str(path.relative_to(folder)): FileInfo(sha256_file(path), path.stat().st_size) for path in sorted(folder.rglob("*.onnx"))
-    }
-    tensors = [[TensorInfo(v.name, _dtype(v), _shape(v)) for v in values] for values in (model.graph.input, model.graph.output)]
-    fingerprint = sha256_file(_write(folder.with_suffix(".onnx"), model))
-    bundle = GraphBundle(folder, "test", None, GraphInfo("small", fingerprint, 17, *tensors), made, chosen, files)
-    (folder / MANIFEST).write_text(bundle.to_json())
-    json.loads(bundle.to_json())
-    return GraphBundle.open(folder)
-
-
-def whole(model: onnx.ModelProto, inputs: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-    """What the graph as a whole gives, run by ONNX Runtime on one thread."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(names, dict(inputs)), strict=True))
-
-
-def sample(seed: int, rows: int = 1) -> dict[str, Floats]:
-    """Inputs of `random_model`."""
-    random = np.random.default_rng(seed)
-    return {name: random.normal(0, 1, (rows, WIDTH)).astype(np.float32) for name in ("input", "late")}
-
-
-def same(got: Mapping[str, npt.NDArray[Any]], want: Mapping[str, npt.NDArray[Any]]) -> bool:
-    """Bit by bit, NaN included."""
-    return set(got) == set(want) and all(
-        got[name].dtype == want[name].dtype and got[name].shape == want[name].shape and got[name].tobytes() == want[name].tobytes()
-        for name in want
+def save(path: Path, nodes: list[onnx.NodeProto], inputs: list[str], outputs: list[str], weights: dict[str, np.ndarray]) -> Path:
+    """A model over float32 tensors of [rows, WIDTH]."""
+    graph = helper.make_graph(
+        nodes,
+        "small",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", WIDTH]) for name in inputs],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", WIDTH]) for name in outputs],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
     )
-
-
-def _crossing(model: onnx.ModelProto, n: int) -> tuple[list[str], list[str], list[str]]:
-    """Tensors that nodes from number n on need of before; outputs of either side."""
-    nodes = list(model.graph.node)
-    weights = {w.name for w in model.graph.initializer}
-    before = set(_names(model.graph.input)) | {o for node in nodes[:n] for o in node.output}
-    needed = list(dict.fromkeys(i for node in nodes[n:] for i in node.input if i in before and i not in weights))
-    outputs = _names(model.graph.output)
-    return needed, [o for o in outputs if o in before], [o for o in outputs if o not in before]
-
-
-def _save(
-    path: Path,
-    model: onnx.ModelProto,
-    nodes: Sequence[Any],
-    infos: Mapping[str, Any],
-    outputs: Sequence[str],
-    offered: Sequence[str],
-) -> None:
-    used = {i for node in nodes for i in node.input}
-    weights = [w for w in model.graph.initializer if w.name in used]
-    inputs = [infos[name] for name in offered if name in used]
-    _write(path, model_of(nodes, inputs, [infos[name] for name in dict.fromkeys(outputs)], weights))
-
-
-def _write(path: Path, model: onnx.ModelProto) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    onnx.save(model, path)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9), path)
     return path
 
 
-def _names(values: Any) -> list[str]:
-    return [value.name for value in values]
+def branch(name: str, reads: str) -> onnx.GraphProto:
+    """A branch of an If: it has no inputs and reads a name of the outer graph."""
+    node = helper.make_node("Neg" if name.endswith("then") else "Abs", [reads], [name])
+    return helper.make_graph([node], name, [], [helper.make_tensor_value_info(name, TensorProto.FLOAT, None)])
 
 
-def _dtype(value: Any) -> str:
-    return str(helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
+@st.composite
+def random_graphs(draw: st.DrawFn) -> tuple[list[onnx.NodeProto], list[str], list[str]]:
+    """Nodes, inputs and outputs: skips, several inputs and outputs, shared weights and constants, an If that reads outer names."""
+    inputs = [f"in{index}" for index in range(draw(st.integers(1, 2)))]
+    nodes = [helper.make_node("Identity", ["w0"], ["shared"])]  # a constant that several nodes read
+    known = list(inputs)
+    for index in range(draw(st.integers(2, 7))):
+        first, second = draw(st.sampled_from(known)), draw(st.sampled_from([*known, "shared", "w1"]))
+        kind = draw(st.sampled_from(["Add", "Mul", "MatMul", "Relu", "If", "Split", "Constant"]))
+        out = f"t{index}"
+        if kind == "MatMul":
+            nodes.append(helper.make_node(kind, [first, draw(st.sampled_from(["w0", "shared"]))], [out], name=f"node{index}"))
+        elif kind == "Relu":
+            nodes.append(helper.make_node(kind, [first], [out], name=f"node{index}"))
+        elif kind == "Split":
+            nodes.append(helper.make_node(kind, [first], [f"{out}a", f"{out}b"], name=f"node{index}", axis=1))
+            nodes.append(helper.make_node("Concat", [f"{out}b", f"{out}a"], [out], axis=1))
+        elif kind == "If":
+            nodes.append(helper.make_node("ReduceSum", [second], [f"{out}sum"], keepdims=0))
+            nodes.append(helper.make_node("Greater", [f"{out}sum", "zero"], [f"{out}test"]))
+            then, other = branch(f"{out}then", first), branch(f"{out}else", draw(st.sampled_from(known)))
+            nodes.append(helper.make_node("If", [f"{out}test"], [out], then_branch=then, else_branch=other))
+        elif kind == "Constant":
+            value = numpy_helper.from_array(np.full((1, WIDTH), index, np.float32))
+            nodes.append(helper.make_node("Constant", [], [f"{out}c"], value=value))
+            nodes.append(helper.make_node("Sub", [first, f"{out}c"], [out]))
+        else:
+            nodes.append(helper.make_node(kind, [first, second], [out], name=f"node{index}"))
+        known.append(out)
+    made = known[len(inputs) :]
+    outputs = sorted({made[-1], *draw(st.lists(st.sampled_from(made), max_size=2))})
+    return nodes, inputs, outputs
 
 
-def _shape(value: Any) -> list[int | str | None]:
-    return [d.dim_param or (d.dim_value if d.HasField("dim_value") else None) for d in value.type.tensor_type.shape.dim]
+def load_random(path: Path, drawn: tuple[list[onnx.NodeProto], list[str], list[str]]) -> tuple[OnnxModel, Sample]:
+    """As a file, and read back, with a sample."""
+    nodes, inputs, outputs = drawn
+    generator = np.random.default_rng(0)
+    weights = {
+        "w0": generator.standard_normal((WIDTH, WIDTH)).astype(np.float32),
+        "w1": generator.standard_normal((1, WIDTH)).astype(np.float32),
+        "zero": np.zeros((), np.float32),
+    }
+    for index, node in enumerate(nodes):  # rows of a weight are not those of the sample
+        if node.op_type in ("Add", "Mul") and "shared" in node.input:
+            nodes[index].input[:] = [name if name != "shared" else "w1" for name in node.input]
+    model = load_model(save(path, nodes, inputs, outputs, weights))
+    return model, {name: generator.standard_normal((3, WIDTH)).astype(np.float32) for name in inputs}
+
+
+def small_network(path: Path, *, fixed: bool = False) -> Path:
+    """Convolutions that shrink the picture, a skip, and a head: worth a cut in the middle on a slow link."""
+    generator = np.random.default_rng(1)
+    weights, nodes, last, channels = {}, [], "image", 3
+    for index, (width, stride) in enumerate([(16, 2), (32, 2), (32, 1), (64, 2), (64, 2)]):
+        weights[f"k{index}"] = (generator.standard_normal((width, channels, 3, 3)) / np.sqrt(9 * channels)).astype(np.float32)
+        nodes.append(
+            helper.make_node("Conv", [last, f"k{index}"], [f"c{index}"], name=f"conv{index}", pads=[1] * 4, strides=[stride] * 2)
+        )
+        nodes.append(helper.make_node("Relu", [f"c{index}"], [f"r{index}"], name=f"relu{index}"))
+        last, channels = f"r{index}", width
+        if index == 2:
+            nodes.append(helper.make_node("Add", ["r1", "r2"], ["skip"], name="add"))
+            last = "skip"
+    nodes.append(helper.make_node("GlobalAveragePool", [last], ["pooled"]))
+    nodes.append(helper.make_node("Flatten", ["pooled"], ["flat"]))
+    weights["head"] = generator.standard_normal((channels, 10)).astype(np.float32)
+    nodes.append(helper.make_node("MatMul", ["flat", "head"], ["scores"], name="classify"))
+    shape = [1, 3, 64, 64] if fixed else ["batch", 3, "height", "width"]
+    graph = helper.make_graph(
+        nodes,
+        "network",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, [shape[0], 10])],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9), path)
+    return path
+
+
+def picture(path: Path, size: int = 64) -> Path:
+    """A sample for the network."""
+    np.savez(path, image=np.random.default_rng(2).random((1, 3, size, size)).astype(np.float32))
+    return path

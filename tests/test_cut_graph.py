@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from graphs import load_random, random_graphs, save, small_network
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import helper
-from small_graphs import load_random, random_graphs, save, small_network
 
 from edgecloud.errors import ConfigError
 from edgecloud.partitioner.boundary import Accuracy, encoded_bytes, run_halves, same_bits, through

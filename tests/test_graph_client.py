@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from cut_graphs import WIDTH, random_model, same, sample, whole, write_bundle
 from graph_loopback import GraphLoopback, graph_loopback, held_back
-from graphs import WIDTH, random_model, same, sample, whole, write_bundle
 from pairs import PATIENCE_S, Gate, Pair, free_port, serving, until
 
 import edgecloud

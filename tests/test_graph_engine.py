@@ -32,8 +32,9 @@ def one_row_for_all(arrays: Arrays) -> Arrays:
 class Bench:
     """An engine whose time stands still unless told, and what it has answered."""
 
-    def __init__(self, graph: Any = double, **options: Any) -> None:
+    def __init__(self, graph: Any = double, *, row_s: float = 0.0, **options: Any) -> None:
         self.now_s = 100.0
+        self.row_s = row_s
         self.graph = graph
         self.runs: list[int] = []  # rows of each
         self.answers: dict[int, GraphAnswer] = {}
@@ -42,7 +43,7 @@ class Bench:
 
     def run(self, cut: str, arrays: Arrays) -> Arrays:
         self.runs.append(len(arrays["x"]))
-        self.now_s += 0.010
+        self.now_s += 0.010 + self.row_s * len(arrays["x"])
         if not np.isfinite(arrays["x"]).all():
             raise ConfigError("not on such inputs")
         outputs: Arrays = self.graph(arrays)
@@ -88,6 +89,9 @@ def test_a_lone_request_never_waits() -> None:
 
 def test_what_waits_together_runs_together_and_each_gets_its_own() -> None:
     bench = Bench()
+    for _ in range(2):  # the first times it is only tried
+        bench.submit(1.0), bench.submit(2.0)
+        bench.drain()
     sent = {
         bench.submit(value, rows=rows): (value, rows)
         for value, rows in [(1.0, 1), (2.0, 3), (3.0, 2), (4.0, 1), (5.0, 4), (6.0, 1)]
@@ -108,6 +112,25 @@ def test_shared_runs_are_held_against_lone_ones_at_first_and_then_seldom() -> No
     assert len(shared) == 16 + 5  # and one beside what was made of it
     assert bench.runs.count(1) == 2 * 5  # for runs 1, 2, 4, 8 and 16
     assert [a.num_batched for a in list(bench.answers.values())[-6:-2] if isinstance(a, Inferred)] == [2, 2, 2, 2]
+
+
+def test_where_sharing_is_not_faster_nobody_shares() -> None:
+    """As on few cores: a shared run takes as long as those it stands for, and its first answer comes with its last."""
+    bench = Bench(row_s=0.2)
+    for _ in range(40):
+        for value in range(4):
+            bench.submit(value)
+        bench.drain()
+    assert len(bench.answers) == 160
+    shared = [rows for rows in bench.runs if rows > 1]
+    assert len(shared) < 20  # trials, ever more seldom
+    assert set(shared) == {2}
+    bench.row_s = 0.0  # another load, and it pays
+    for _ in range(600):
+        for value in range(4):
+            bench.submit(value)
+        bench.drain()
+    assert bench.runs[-1] == 4
 
 
 @pytest.mark.parametrize("graph", [mean_over_rows, one_row_for_all])

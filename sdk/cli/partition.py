@@ -79,6 +79,8 @@ def partition(  # typer fills them by name
     """Export the draft for the device, pair it with the target, check both, and plan who should do what.
 
     The plan is the best of all modes, cuts, bits and draft lengths for the objective; --dry-run makes it without exporting.
+
+    A file that ends in .onnx is any graph, which is cut in two: `edgecloud partition FILE.onnx --help`.
     """
     from edgecloud.partitioner import extra_installed
 

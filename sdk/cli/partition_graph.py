@@ -44,7 +44,7 @@ def partition_graph(
         typer.Option(help="Most memory of the device's weights and activations, such as 64mb."),
     ] = None,
     max_loss: Annotated[
-        float, typer.Option(help="Most accuracy that may be lost on the samples. 0: every bit is as if nothing were cut.")
+        float, typer.Option(help="Most accuracy that may be lost on the samples. 0 of relative: every bit stays.")
     ] = 0.0,
     loss: Annotated[
         Literal["relative", "argmax"],
