@@ -1,6 +1,7 @@
 """Run every benchmark, one after another, and write benchmarks/results: `make bench`.
 
-boundary_damage and cloud_passes need questions and run only with --prompts (Spec-Bench's question.jsonl). --quick: few repetitions, a smoke test.
+boundary_damage and cloud_passes need questions and run only with --prompts (Spec-Bench's question.jsonl). --quick: few repetitions,
+a smoke test.
     python benchmarks/run_all.py --prompts spec_bench_dev.jsonl
 """
 
