@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgecloud.errors import ConfigError
+from edgecloud.kernels.codec import CODECS
 from edgecloud.rpc import codec, edgecloud_pb2, edgecloud_pb2_grpc
 from edgecloud.rpc import edgecloud_pb2 as pb
 from edgecloud.rpc.codec import context_hash, refuse_unknown_fields
@@ -105,6 +106,31 @@ def test_context_hash_is_blake2b_of_little_endian_ids(tokens: list[int]) -> None
 def test_context_hash_has_a_known_answer() -> None:
     """It is on the wire: both sides must keep computing this."""
     assert context_hash([1, 2, 3]) == 11_402_386_789_778_234_582
+
+
+rows = st.integers(1, 8).flatmap(lambda size: st.lists(st.binary(min_size=size, max_size=size), min_size=1, max_size=8))
+
+
+@given(rows, st.integers(1, 200), st.sampled_from(CODECS))
+def test_a_rows_key_is_salted_blake2b_and_no_token_id(rows: list[bytes], cut: int, name: str) -> None:
+    keys = codec.row_keys(b"".join(rows), len(rows[0]), cut, name)
+    for row, key in zip(rows, keys, strict=True):
+        digest = hashlib.blake2b(row, digest_size=8, salt=f"{cut} {name}".encode()).digest()
+        assert key == 2**62 + struct.unpack("<Q", digest)[0] // 4 < 2**63
+    digest = hashlib.blake2b(struct.pack(f"<{len(keys)}Q", *keys), digest_size=8).digest()
+    assert codec.row_keys_hash(keys) == struct.unpack("<Q", digest)[0]
+    others = {*codec.row_keys(rows[0], len(rows[0]), cut + 1, name), *codec.row_keys(rows[0], len(rows[0]), cut, "other")}
+    assert keys[0] not in others
+    assert len(others) == 2
+
+
+def test_keys_of_rows_have_known_answers() -> None:
+    """They are on the wire: both sides must keep computing these."""
+    keys = codec.row_keys(bytes(range(8)), 4, 10, "int8")
+    assert keys == [5_365_791_411_356_520_813, 7_533_565_048_933_016_467]
+    assert codec.row_keys_hash(keys) == 8_255_454_325_469_233_741
+    assert codec.row_keys(b"", 4, 10, "int8") == []
+    assert codec.row_keys_hash([]) == 0
 
 
 @given(token_ids, st.integers(0, 2**32 - 1))

@@ -340,6 +340,16 @@ def test_what_another_tail_of_the_same_cut_and_codec_has_read_is_not_read_again(
     assert driver.num_rows[-1] == 11
 
 
+def test_the_same_bytes_at_another_cut_are_other_rows(target: TargetModel, folder: Path) -> None:
+    driver, rows = Driver(target), front_of(folder, 1).rows(PROMPT)
+    told = []
+    for cut in (1, 2, 1):
+        boundary = Boundary(cut, "float32", 4 * WIDTH, rows)
+        told.append(driver.verdict(Extend(os.urandom(16), 0, (), 0, SamplingSettings(1.0, seed=1), boundary=boundary)))
+    assert driver.num_rows == [11, 11, 3]
+    assert told[0] == told[2]
+
+
 def test_a_session_begins_anew_when_it_is_told_otherwise(target: TargetModel, folder: Path) -> None:
     driver, session_id = Driver(target), os.urandom(16)
     fronts = [front_of(folder, 2), front_of(folder, 1), front_of(folder, 1, "int8")]
