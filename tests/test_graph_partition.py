@@ -318,6 +318,7 @@ def text_input(path: Path) -> None:
         "no-data",
         "short-data",
         "outside-data",
+        "much-data",
         "operator",
         "dangling",
         "string",

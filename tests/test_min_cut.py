@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgecloud.partitioner.cut_search import Objective, Problem, Stages, best_cut, smallest_ram_bytes
+from edgecloud.partitioner.cut_search import Objective, Problem, Stages, _Search, best_cut, smallest_ram_bytes
 from edgecloud.partitioner.dag import Dag, Edge, Flow, Weight, ram_bytes
 from edgecloud.partitioner.min_cut import Costs, minimum_cut, total
 
@@ -34,7 +34,7 @@ def dags(draw: st.DrawFn) -> Dag:
             can_cross = draw(st.integers(0, 9)) > 0
             flows.append(Flow(f"{node}.{index}", node, consumers, draw(NS), is_output, can_cross))
     users = st.frozensets(st.integers(0, num_nodes - 1), min_size=1, max_size=3)
-    weights = tuple(Weight(draw(NS), draw(users)) for _ in range(draw(st.integers(0, 3))))
+    weights = tuple(Weight(draw(st.integers(0, 200)), draw(users)) for _ in range(draw(st.integers(0, 6))))
     pins = draw(st.dictionaries(st.integers(0, num_nodes - 1), st.booleans(), max_size=2))
     return Dag(num_nodes, tuple(flows), weights, pins)
 
@@ -53,7 +53,7 @@ def problems(draw: st.DrawFn, objective: Objective, *, with_ram: bool) -> Proble
         round_trip=draw(NS),
     )
     forbidden = draw(st.frozensets(st.sampled_from(cuts), max_size=4)) if (cuts := all_cuts(dag)) else frozenset()
-    return Problem(dag, stages, objective, draw(st.integers(0, 400)) if with_ram else None, forbidden)
+    return Problem(dag, stages, objective, draw(st.integers(50, 700)) if with_ram else None, forbidden)
 
 
 def all_cuts(dag: Dag) -> list[Edge]:
@@ -155,3 +155,13 @@ def test_the_smallest_memory_is_enough_for_a_cut(dag: Dag) -> None:
 def test_a_flow_that_runs_backwards_is_refused() -> None:
     with pytest.raises(ValueError, match="do not come after"):
         Dag(2, (Flow("x", 1, frozenset({0}), 1),))
+
+
+@settings(max_examples=60)
+@given(st.sampled_from(["latency", "throughput"]).flatmap(lambda objective: problems(objective, with_ram=True)))
+def test_no_allowed_cut_costs_less_than_a_bound(problem: Problem) -> None:
+    """Of the relaxation itself: a search over so few nodes is mostly right even with a wrong one."""
+    allowed = [problem.cost(edge) for edge in all_cuts(problem.dag) if problem.allows(edge) and edge != problem.dag.whole]
+    relaxed = _Search(problem, 100)._relax(problem.dag.pins)
+    if relaxed is not None and allowed:
+        assert relaxed.bound <= min(allowed)
