@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from edgecloud.partitioner.layer_times import ModelShape
 
 PlanMode = Literal["edge", "cloud", "speculative", "split"]
 DRAFT_LENGTHS = (1, 2, 3, 4, 6, 8)
-FRONT_WEIGHTS = ("int4", "int8", "fp16")
+FrontWeights = Literal["int4", "int8", "fp16"]
+FRONT_WEIGHTS: tuple[FrontWeights, ...] = get_args(FrontWeights)
 CODECS = ("int4", "int8", "float16")
 TOKEN_BYTES = 3  # of an id on the wire, at most, for vocabularies below 2 million
 REQUEST_BYTES = 45  # of a request beside ids and rows: session, hashes, numbers
@@ -69,7 +70,7 @@ class Candidate:
     draft: str | None = None  # name of the draft
     num_draft_tokens: int = 0
     cut: int = 0  # layers on the device, of mode split
-    front: str | None = None  # format of their weights
+    front: FrontWeights | None = None  # format of their weights
     codec: str | None = None  # of the boundary
 
     @property
@@ -93,7 +94,7 @@ class Candidate:
 
 
 def candidates(
-    target: ModelShape, drafts: Sequence[Draft], front_weights: Sequence[str], codecs: Sequence[str] = CODECS
+    target: ModelShape, drafts: Sequence[Draft], front_weights: Sequence[FrontWeights], codecs: Sequence[str] = CODECS
 ) -> Iterator[Candidate]:
     """Every plan there is: mode x cut x bits x draft x K."""
     yield Candidate("cloud")

@@ -15,7 +15,16 @@ from edgecloud.cost import (
     uplink_ms,
 )
 from edgecloud.kernels.codec import row_bytes
-from edgecloud.partitioner.candidate import FRONT_WEIGHTS, REQUEST_BYTES, TOKEN_BYTES, Candidate, Connection, Draft, Workload
+from edgecloud.partitioner.candidate import (
+    FRONT_WEIGHTS,
+    REQUEST_BYTES,
+    TOKEN_BYTES,
+    Candidate,
+    Connection,
+    Draft,
+    FrontWeights,
+    Workload,
+)
 from edgecloud.partitioner.layer_times import LayerTimes, ModelShape
 from edgecloud.partitioner.losses import Losses
 from edgecloud.partitioner.machine_profile import MachineProfile
@@ -50,7 +59,7 @@ class Scene:
     losses: Losses = field(default_factory=Losses)
 
     @property
-    def front_weights(self) -> list[str]:
+    def front_weights(self) -> list[FrontWeights]:
         """Formats in which the device can run a front."""
         return [weights for weights in FRONT_WEIGHTS if weights in self.device.compute]
 

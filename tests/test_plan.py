@@ -345,3 +345,27 @@ def test_a_value_that_cannot_be_is_named_and_nothing_is_written(
     assert isinstance(result.exception, ConfigError)
     assert complaint in str(result.exception)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("words", "takes"), [(["--objective", "privacy", "--max-loss", "1"], True), ([], False)])
+def test_the_cut_of_the_plan_is_taken_where_the_plan_was_asked_for(
+    words: list[str], takes: bool, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgecloud.partitioner import partition as partitioning
+
+    asked: list[Any] = []
+
+    def partition(inputs: Any, **_: Any) -> None:
+        asked.append(inputs.front)
+        raise ConfigError("not today")
+
+    monkeypatch.setattr(partitioning, "partition", partition)
+    device = MachineProfile("device", {"int4": 0.001, "int8": 1e5}, 1000.0, 8.0)  # drafting alone is hopeless on it
+    (tmp_path / "device.json").write_text(device.to_json())
+    CliRunner().invoke(
+        app, ["partition", str(tiny), "-o", str(tmp_path / "b"), "--device", str(tmp_path / "device.json"), "--link", "1ms", *words]
+    )
+    [front] = asked
+    assert (front is not None) is takes
+    if takes:
+        assert 1 <= front.cut < 3

@@ -14,6 +14,7 @@ from edgecloud.cli.output import JsonFlag, print_json, progress_console, remarks
 from edgecloud.cli.plan_options import (
     USUAL_CLOUD,
     USUAL_LINK,
+    USUAL_MAX_LOSS,
     AcceptanceOption,
     AnswerTokensOption,
     CloudDeviceOption,
@@ -29,6 +30,7 @@ from edgecloud.cli.plan_options import (
     ReportOption,
     TpotOption,
 )
+from edgecloud.errors import EdgecloudError
 
 if TYPE_CHECKING:
     from edgecloud.partitioner.inputs import Inputs
@@ -67,7 +69,7 @@ def partition(  # typer fills them by name
     objective: ObjectiveOption = "latency",
     keep_prompt: KeepPromptFlag = False,
     max_ram: MaxRamOption = None,
-    max_loss: MaxLossOption = 0.03,
+    max_loss: MaxLossOption = USUAL_MAX_LOSS,
     tpot: TpotOption = None,
     acceptance: AcceptanceOption = None,
     prompt_tokens: PromptTokensOption = 128,
@@ -79,6 +81,7 @@ def partition(  # typer fills them by name
     """Export the draft for the device, pair it with the target, check both, and plan who should do what.
 
     The plan is the best of all modes, cuts, bits and draft lengths for the objective; --dry-run makes it without exporting.
+    Where an objective or a constraint is given without --cut, and the plan is a split, its cut is taken.
 
     A file that ends in .onnx is any graph, which is cut in two: `edgecloud partition FILE.onnx --help`.
     """
@@ -103,10 +106,8 @@ def partition(  # typer fills them by name
     )
     with extra_installed():
         options.check()
-    inputs = check_inputs(
-        model, bundle, draft=draft, precision=precision, overwrite=overwrite,
-        cut=cut, front_precision=front_precision, boundary=boundary,
-    )  # fmt: skip
+    given: dict[str, Any] = {"draft": draft, "precision": precision, "overwrite": overwrite}
+    inputs = check_inputs(model, bundle, **given, cut=cut, front_precision=front_precision, boundary=boundary)
     if report is not None:
         from edgecloud.bench_report import prepare_folder
 
@@ -122,6 +123,11 @@ def partition(  # typer fills them by name
             _show(plan)
         _write(plan, report, remarks(console))
         return
+    if cut is None and options.asks:
+        chosen = options.plan(inputs, None).best.candidate
+        if chosen.front is not None and chosen.codec is not None:
+            remarks(console)(f"the plan takes a cut: {chosen}")
+            inputs = check_inputs(model, bundle, **given, cut=chosen.cut, front_precision=chosen.front, boundary=chosen.codec)
     console.print("loading torch and transformers", style="dim", highlight=False)
     with extra_installed():
         from edgecloud.partitioner.partition import partition as run_partition
@@ -129,13 +135,19 @@ def partition(  # typer fills them by name
     made = run_partition(
         inputs, cache=usable_cache(remarks(console)), remark=lambda text: console.print(text, style="dim", highlight=False)
     )
-    plan = options.plan(inputs, made)
+    try:
+        found = options.plan(inputs, made)
+    except EdgecloudError as error:  # the bundle is written and right, whatever can be planned for it
+        found = None
+        remarks(console)(f"no plan: {error}")
     if as_json:
-        print_json({**made.to_dict(), "plan": plan.to_dict()})
+        print_json({**made.to_dict(), "plan": None if found is None else found.to_dict()})
     else:
         table_console().print(made.to_table())
-        _show(plan)
-    _write(plan, report, remarks(console))
+    if found is not None:
+        if not as_json:
+            _show(found)
+        _write(found, report, remarks(console))
 
 
 def _show(plan: Plan) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Objective = Literal["latency", "cost", "energy", "privacy"]
 USUAL_DEVICE, USUAL_CLOUD, USUAL_LINK = "xeon-core", "cpu", "wifi"
+USUAL_MAX_LOSS = 0.03
 ASSUMED_ACCEPTANCE = 0.7  # of a token; SmolLM2-135M and its int4 draft have 0.71 to 0.75
 NUM_SURVIVAL = 16
 
@@ -66,6 +67,12 @@ class PlanOptions:
     answer_tokens: int
     damage: Path | None
 
+    @property
+    def asks(self) -> bool:
+        """Whether anything says what the plan is for; else the draft is exported, as ever."""
+        limits = self.keep_prompt, self.max_ram, self.tpot, self.damage
+        return self.objective != "latency" or any(limits) or self.max_loss != USUAL_MAX_LOSS
+
     def check(self) -> None:
         """Before anything slow. Raises ConfigError."""
         from edgecloud.partitioner.losses import read_losses
@@ -91,7 +98,7 @@ class PlanOptions:
         from edgecloud.partitioner.candidate import Draft
         from edgecloud.partitioner.fitted import measured_by_export
         from edgecloud.partitioner.layer_times import ModelShape
-        from edgecloud.partitioner.losses import Losses, read_losses
+        from edgecloud.partitioner.losses import Loss, Losses, read_losses
         from edgecloud.partitioner.machine_profile import load_profile
         from edgecloud.partitioner.plan import make_plan
         from edgecloud.partitioner.prediction import Scene
@@ -109,6 +116,9 @@ class PlanOptions:
         chances = report.agreement.survival if report is not None and measured else assumed
         draft = Draft(f"{inputs.draft.name} {inputs.precision}", drafter, inputs.precision, tuple(chances), measured)
         losses = Losses() if self.damage is None else read_losses(self.damage)
+        if report is not None and (front := report.front) is not None:
+            own_loss = Loss(front.cut, front.codec, front.quality.agreement, front.precision, front.quality.kl_nats)
+            losses = Losses((*losses.measured, own_loss))
         if draft.weights not in device.compute:
             known_formats = ", ".join(device.compute)
             raise ConfigError(f"{device.name} has no figure for {draft.weights}, but for {known_formats}; take another --precision")
