@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from edgecloud.errors import ContextLengthError
 from edgecloud.tokens import common_prefix
 
 Encoded = npt.NDArray[np.uint8]  # [number of tokens, row_bytes]
@@ -65,6 +66,8 @@ class FrontRows:
 
         What is known already comes first, in one piece. Raises as `rows`, before anything is yielded.
         """
+        if len(tokens) > self._front.max_tokens:
+            raise ContextLengthError(f"{len(tokens)} tokens do not fit the front's window of {self._front.max_tokens}")
         known = self._keep(tokens)
         if known < start:
             self._compute(tokens[known:start])

@@ -10,6 +10,10 @@ import typer
 
 from edgecloud.errors import ConfigError, EdgecloudError
 
+COMMANDS = (
+    "fetch", "partition", "inspect", "verify", "serve", "health", "token", "generate", "link", "profile", "bench", "demo",
+)  # fmt: skip
+
 app = typer.Typer(
     name="edgecloud",
     help="One token sequence, two machines: a small model on the device drafts, a large model in the cloud verifies.",
@@ -48,7 +52,7 @@ def run(arguments: Sequence[str]) -> int:
 def _register() -> None:
     import importlib
 
-    for command in ("fetch", "partition", "serve", "health", "token", "generate", "link", "profile", "bench", "demo"):
+    for command in COMMANDS:
         importlib.import_module(f"edgecloud.cli.{command}")
 
 
