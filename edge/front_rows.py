@@ -57,7 +57,7 @@ class FrontRows:
         Raises:
             ContextLengthError: more tokens than the front's window.
         """
-        for _ in self.chunks(tokens, start, len(tokens)):
+        for _ in self.chunks(tokens, start, max(1, len(tokens))):
             pass
         return self._rows[start : len(tokens)]
 
