@@ -16,6 +16,7 @@ import numpy.typing as npt
 from edgecloud.edge.kv_graph import KvGraph
 from edgecloud.errors import BundleError, ContextLengthError
 
+OUTPUT = "boundary"  # the graph's: [1, rows, width]
 MIN_RUN_TOKENS = 2  # a single token is computed together with the one before it, once more
 MAX_RUN_TOKENS = 64  # no more than a tile of attention, so that no tile is left with one row
 
@@ -26,14 +27,13 @@ class FrontModel:
     """One token sequence at a time.
 
     Raises:
-        BundleError: the file is no graph of the form that edge/kv_graph.py runs, with rows as its one output.
+        BundleError: the file is no graph of the form that edge/kv_graph.py runs, with rows as its output.
     """
 
     def __init__(self, path: Path, max_tokens: int, num_threads: int) -> None:
         try:
             self._graph = KvGraph(path, max(max_tokens, MIN_RUN_TOKENS), MAX_RUN_TOKENS, num_threads)
-            ((self._output, (_, _, width)),) = self._graph.output_shapes.items()
-            self.width = int(width)
+            self.width = int(self._graph.output_shapes[OUTPUT][-1])
         except Exception as error:  # onnxruntime's exceptions share no base class of their own
             raise BundleError(f"{path} is no front that this version can run: {error}") from error
         self.max_tokens = max_tokens
@@ -69,7 +69,7 @@ class FrontModel:
         again = min(missing, start)  # tokens before, whose keys and values are written again as they were
         padding = missing - again  # tokens after, which nobody before them sees, and which the next run overwrites
         run = [*self._tokens[start - again :], *chunk, *[0] * padding]
-        self._graph.bind_output(self._output, self._rows, (1, len(run), self.width))
+        self._graph.bind_output(OUTPUT, self._rows, (1, len(run), self.width))
         self._graph.run(run, start - again)
         self._tokens += chunk
         rows: Rows = self._rows[again : again + len(chunk)]

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgecloud.edge.tail import Row
+from edgecloud.errors import ContextLengthError
 from edgecloud.kernels.codec import encode, row_bytes
 from edgecloud.rpc.codec import row_keys
 from edgecloud.tokens import common_prefix
@@ -20,6 +21,7 @@ class Front(Protocol):
     """The target's first layers, with a cache: edge/front.py."""
 
     width: int  # of a row
+    max_tokens: int
 
     def extend(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """Append tokens.  -> [len(token_ids), width]"""
@@ -51,7 +53,9 @@ class FrontRows:
         return len(tokens) - common_prefix(self._tokens, tokens)
 
     def rows(self, tokens: Sequence[int]) -> list[Row]:
-        """A row for each of `tokens`. Raises ContextLengthError: more than the front's window."""
+        """A row for each of `tokens`. Raises ContextLengthError: more than the front's window; nothing is forgotten."""
+        if len(tokens) > self._front.max_tokens:
+            raise ContextLengthError(f"{len(tokens)} tokens do not fit the front's window of {self._front.max_tokens}")
         start = common_prefix(self._tokens, tokens)
         if start < len(tokens):  # what merely goes on behind them stays
             del self._tokens[start:], self._rows[start:]

@@ -142,10 +142,10 @@ class Pair:
 
 @pytest.fixture(scope="session")
 def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """A tiny random target and itself in int4 as the draft: about a third of the drafts are accepted."""
+    """A tiny random target and itself in int4 as the draft: about a third of the drafts are accepted. Cut in the middle."""
     folder = tmp_path_factory.mktemp("pair")
     target = make_tiny_llama(folder / "target")
-    partition(check_inputs(str(target), folder / "bundle", draft=None, precision="int4", overwrite=False))
+    partition(check_inputs(str(target), folder / "bundle", draft=None, precision="int4", overwrite=False, cut=1))
     return Pair(folder / "bundle", target)
 
 
@@ -185,10 +185,10 @@ def smol_pair() -> Pair:
     if given := os.environ.get("EDGECLOUD_TEST_BUNDLE"):
         return Pair(Path(given).resolve(), Path(given).resolve() / "cloud")
     environment = {**os.environ, "EDGECLOUD_HOME": str(home_folder())}
-    bundle = home_folder() / "test-bundle"
+    bundle = home_folder() / "test-bundle-cut"
     with alone_with(home_folder()):
         if not (bundle / MANIFEST).is_file():
-            for command in (["fetch", "smollm2-135m"], ["partition", "smollm2-135m", "-o", str(bundle)]):
+            for command in (["fetch", "smollm2-135m"], ["partition", "smollm2-135m", "-o", str(bundle), "--cut", "10"]):
                 done = subprocess.run([*EDGECLOUD, *command], env=environment, capture_output=True, text=True, check=False)
                 assert done.returncode == 0, done.stderr
     return Pair(bundle, bundle / "cloud")

@@ -104,6 +104,23 @@ def put(path: str, value: Any) -> Edit:
     return change
 
 
+FRONT = {
+    "model": "edge/front/model.onnx", "cut": 10, "num_layers": 30, "width": 64, "quantization": "int8", "codec": "int8",
+    "max_context_tokens": 64,
+}  # fmt: skip
+
+
+@pytest.fixture
+def split(folder: Path) -> Path:
+    """The same with a front."""
+    (folder / "edge/front").mkdir()
+    (folder / "edge/front/model.onnx").write_bytes(b"the front")
+    entry = {"sha256": hashlib.sha256(b"the front").hexdigest(), "num_bytes": 9}
+    edit(folder, lambda content: content.update(front=FRONT))
+    edit(folder, lambda content: content["files"].update({"edge/front/model.onnx": entry}))
+    return folder
+
+
 # What works
 
 
@@ -497,3 +514,41 @@ def test_json_that_is_no_object_is_named(tmp_path: Path, raw: str) -> None:
 def test_sha256_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"abc")
     assert sha256_file(tmp_path / "x").startswith("ba7816bf8f01cfea")
+
+
+# The front
+
+
+def test_a_front_opens_and_survives_a_round_trip(split: Path) -> None:
+    bundle = Bundle.open(split)
+    assert bundle.front is not None
+    assert (bundle.front.cut, bundle.front.codec) == (10, "int8")
+    bundle.verify_files("edge")
+    (split / MANIFEST).write_text(bundle.to_json())
+    assert Bundle.open(split) == bundle
+
+
+def test_a_bundle_of_schema_1_has_no_front_and_opens(folder: Path) -> None:
+    edit(folder, put("schema_version", 1))
+    assert Bundle.open(folder).front is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put("front.cut", 0), "cut is 0, a model of 30 layers is cut at 1 to 29"),
+        (put("front.cut", 30), "cut is 30"),
+        (put("front.cut", 5), r"cut at 5, cut_points are \[10, 20\]"),
+        (put("front.cut", "10"), "front.cut is '10'"),
+        (put("front.width", 0), "width is 0"),
+        (put("front.model", "edge/other.onnx"), "lists no such file"),
+        (put("front.model", "cloud/config.json"), "must lie below edge/"),
+        (put("front.speed", 1), "unknown field 'front.speed'"),
+        (put("front", 3), "front is int, not an object"),
+        (lambda content: content["front"].pop("codec"), "front.*codec"),
+    ],
+)
+def test_a_front_that_cannot_be(split: Path, change: Edit, message: str) -> None:
+    edit(split, change)
+    with pytest.raises(BundleCorruptError, match=message):
+        Bundle.open(split)

@@ -123,7 +123,7 @@ def test_no_buffer_ever_moves(graph: Path) -> None:
     model = DraftModel(graph, WINDOW, 1)
 
     def addresses() -> list[int]:
-        return [array.ctypes.data for array in (*model._caches.values(), model._logits, model._ids, model._mask)]
+        return [array.ctypes.data for array in (*model._graph.caches.values(), model._logits, model._graph.ids, model._graph.mask)]
 
     before = addresses()
     for number, seed in ((200, 0), (3, 1), (WINDOW, 2), (50, 3)):
@@ -138,10 +138,10 @@ def test_the_caches_are_written_in_place(graph: Path) -> None:
     model = DraftModel(graph, WINDOW, 1)
     tokens = random_tokens(30)
     model.extend_to(tokens[:20])
-    first = {name: cache[:, :, :20].copy() for name, cache in model._caches.items()}
-    assert all(np.abs(cache[:, :, :20]).max() > 0 and not cache[:, :, 20:].any() for cache in model._caches.values())
+    first = {name: cache[:, :, :20].copy() for name, cache in model._graph.caches.items()}
+    assert all(np.abs(cache[:, :, :20]).max() > 0 and not cache[:, :, 20:].any() for cache in model._graph.caches.values())
     model.extend_to(tokens)
-    for name, cache in model._caches.items():
+    for name, cache in model._graph.caches.items():
         assert (cache[:, :, :20] == first[name]).all()
         assert cache[:, :, 20:30].any()
 

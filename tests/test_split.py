@@ -43,6 +43,7 @@ class TorchFront:
     """The first layers of the stock model, a whole forward each time: no cache to be wrong."""
 
     width = 32
+    max_tokens = 512
 
     def __init__(self, folder: Path, cut: int) -> None:
         self._model = plain_target(folder)._model

@@ -10,6 +10,11 @@ import typer
 
 from edgecloud.errors import ConfigError, EdgecloudError
 
+COMMANDS = (
+    "fetch", "partition", "partition_graph", "inspect", "verify", "serve", "health", "token", "generate", "run", "link", "profile",
+    "bench", "demo",
+)  # fmt: skip
+
 app = typer.Typer(
     name="edgecloud",
     help="One token sequence, two machines: a small model on the device drafts, a large model in the cloud verifies.",
@@ -51,8 +56,7 @@ def run(arguments: Sequence[str]) -> int:
 def _register() -> None:
     import importlib
 
-    first = ("fetch", "partition", "partition_graph", "serve", "health", "token", "generate", "run")
-    for command in (*first, "link", "profile", "bench", "demo"):
+    for command in COMMANDS:
         importlib.import_module(f"edgecloud.cli.{command}")
 
 
