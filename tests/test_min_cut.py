@@ -157,7 +157,7 @@ def test_a_flow_that_runs_backwards_is_refused() -> None:
         Dag(2, (Flow("x", 1, frozenset({0}), 1),))
 
 
-@settings(max_examples=60)
+@settings(max_examples=150)
 @given(st.sampled_from(["latency", "throughput"]).flatmap(lambda objective: problems(objective, with_ram=True)))
 def test_no_allowed_cut_costs_less_than_a_bound(problem: Problem) -> None:
     """Of the relaxation itself: a search over so few nodes is mostly right even with a wrong one."""
