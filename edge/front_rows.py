@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from edgecloud.edge.tail import Row
 from edgecloud.errors import ContextLengthError
 from edgecloud.kernels.codec import encode, row_bytes
 from edgecloud.rpc.codec import row_keys
 from edgecloud.tokens import common_prefix
 
 CHUNK_TOKENS = 128
+
+
+class Row(NamedTuple):
+    """What the front makes of a token in its context."""
+
+    data: bytes  # encoded, as it travels
+    key: int  # what stands for it in the service's log
 
 
 class Front(Protocol):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
+from edgecloud.edge.front_rows import Row
 from edgecloud.edge.remote import Cloud, ServiceSession
 from edgecloud.rpc import codec
 from edgecloud.rpc import edgecloud_pb2 as pb
@@ -12,13 +13,6 @@ from edgecloud.tokens import common_prefix
 from edgecloud.types import CallCost, Verdict
 
 ENVELOPE_BYTES = 4096  # of a message, for all but its rows
-
-
-class Row(NamedTuple):
-    """What the front makes of a token in its context."""
-
-    data: bytes  # encoded, as it travels
-    key: int  # what stands for it in the service's log
 
 
 class TailSession(ServiceSession):

@@ -22,8 +22,7 @@ from transformers import AutoModelForCausalLM
 from edgecloud.bundle import Bundle
 from edgecloud.cli.app import run
 from edgecloud.edge.front import MAX_RUN_TOKENS, FrontModel
-from edgecloud.edge.front_rows import FrontRows
-from edgecloud.edge.tail import Row
+from edgecloud.edge.front_rows import FrontRows, Row
 from edgecloud.errors import BundleError, ConfigError, ContextLengthError, ModelError
 from edgecloud.kernels.codec import CODECS, encode
 from edgecloud.partitioner.export import run_builder
