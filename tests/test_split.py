@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,15 @@ from flying import Uncounted, Unhurried
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loopback import Loopback, loopback
-from pairs import Plain, plain_choice, plain_target
+from pairs import Pair, Plain, Server, copy_of, edit_manifest, plain_choice, plain_target, serving
 from tiny import make_tiny_llama
 
+from edgecloud.bundle import Bundle
+from edgecloud.client import Client
 from edgecloud.cloud.model import TargetModel
 from edgecloud.edge.collaborate import collaborate
 from edgecloud.edge.estimates import Estimates
+from edgecloud.edge.front import FrontModel
 from edgecloud.edge.front_courier import FrontCourier
 from edgecloud.edge.front_rows import FrontRows
 from edgecloud.edge.pilot import Pilot
@@ -31,9 +35,13 @@ from edgecloud.edge.plan import Fixed, Plan
 from edgecloud.edge.remote import Cloud
 from edgecloud.edge.replicas import RemoteSession, Replicas
 from edgecloud.edge.retry import Retry, Timeout
+from edgecloud.errors import ConfigError, ModelMismatchError
 from edgecloud.kernels.codec import decode, encode
 from edgecloud.sampling import SamplingSettings
 from edgecloud.types import Round
+from edgecloud.way import check_tail
+
+pytest_plugins = ["pairs"]
 
 NUM_LAYERS, VOCAB_SIZE = 4, 40
 CUTS = range(1, NUM_LAYERS)
@@ -71,23 +79,30 @@ class TorchFront:
 
 
 class SplitTarget:
-    """What mode `split` decodes by, plainly: the stock model, whose layer `cut` is given rows that went through the codec."""
+    """What mode `split` decodes by, plainly: the stock model, whose layer `cut` is given rows that went through the codec.
 
-    def __init__(self, folder: Path, cut: int, codec: str) -> None:
+    The rows are the stock model's own, or a front's, token by token.
+    """
+
+    def __init__(self, folder: Path, cut: int, codec: str, front: FrontModel | None = None) -> None:
         self._model = plain_target(folder)._model
-        self._cut, self._codec = cut, codec
+        self._cut, self._codec, self._front = cut, codec, front
 
-    def decode(self, prompt: Sequence[int], max_new_tokens: int, sampling: SamplingSettings) -> Plain:
+    def decode(
+        self, prompt: Sequence[int], max_new_tokens: int, sampling: SamplingSettings, stop_token_ids: Collection[int] = ()
+    ) -> Plain:
         tokens, margins = list(prompt), []
         for _ in range(max_new_tokens):
             token, margin = plain_choice(self._logits(tokens), tokens, sampling)
             tokens.append(token)
             margins.append(margin)
+            if token in stop_token_ids:
+                break
         return Plain(tokens[len(prompt) :], margins)
 
     def _logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         def through_codec(_: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            rows = given[0][0].numpy()
+            rows = given[0][0].numpy() if self._front is None else self._one_by_one(self._front, tokens)
             sent = decode(encode(rows, self._codec), self._codec, rows.shape[1])
             return torch.from_numpy(sent)[None], *given[1:]
 
@@ -98,6 +113,10 @@ class SplitTarget:
         finally:
             handle.remove()
         return logits
+
+    def _one_by_one(self, front: FrontModel, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        front.crop_to(0)
+        return np.concatenate([front.extend([token]) for token in tokens])
 
 
 @dataclass
@@ -254,3 +273,72 @@ def test_no_prompt_id_is_on_the_wire(served: Served, monkeypatch: pytest.MonkeyP
         assert {field.name for field, _ in request.ListFields()} <= {
             "session_id", "context_start", "rows", "draft_ids", "sampling", "context_hash", "cut", "codec", "assumed_id",
         }  # fmt: skip
+
+
+# The real thing: a bundle with a quantized front, through processes
+
+
+def split_target_of(pair: Pair) -> SplitTarget:
+    bundle = Bundle.open(pair.bundle)
+    front = bundle.front
+    assert front is not None
+    return SplitTarget(pair.target, front.cut, front.codec, FrontModel(bundle.file(front.model), 512, 1))
+
+
+@pytest.mark.parametrize("num_draft_tokens", [1, 4])
+def test_a_bundles_split_is_its_front_codec_and_tail(tiny_pair: Pair, tiny_server: Server, num_draft_tokens: int) -> None:
+    with Client(tiny_pair.bundle, tiny_server.address, num_draft_tokens=num_draft_tokens) as client:
+        prompt = client.tokenizer.encode_chat([{"role": "user", "content": "What does a cut cost?"}])
+        sampling = SamplingSettings(temperature=1.0, seed=11)
+        expected = split_target_of(tiny_pair).decode(prompt, 24, sampling, client.bundle.tokenizer.eos_token_ids)
+        reply = client.generate("What does a cut cost?", mode="split", max_new_tokens=24, temperature=1.0, seed=11)
+    assert expected.agrees_with(reply.token_ids)
+    assert {span.mode for span in reply.mode_timeline} == {"split"}
+    assert reply.metrics.num_unverified_tokens == 0
+
+
+def test_a_conversation_goes_on_in_mode_split_and_in_others(tiny_pair: Pair, tiny_server: Server) -> None:
+    with Client(tiny_pair.bundle, tiny_server.address) as client, client.session() as chat:
+        for mode in ("split", "cloud", "split"):
+            prompt = chat._turn_tokens({"role": "user", "content": "And then?"})
+            target = split_target_of(tiny_pair) if mode == "split" else tiny_pair.plain
+            expected = target.decode(prompt, 12, SamplingSettings(), client.bundle.tokenizer.eos_token_ids)
+            assert expected.agrees_with(chat.generate("And then?", mode=mode, max_new_tokens=12).token_ids)  # type: ignore[arg-type]
+
+
+def test_a_server_killed_in_mode_split_changes_nothing(tiny_pair: Pair) -> None:
+    sampling = SamplingSettings(temperature=1.0, seed=5)
+    with serving(tiny_pair.bundle) as server, Client(tiny_pair.bundle, server.address) as client:
+        prompt = client.tokenizer.encode_chat([{"role": "user", "content": "Keep going."}])
+        expected = split_target_of(tiny_pair).decode(prompt, 40, sampling, client.bundle.tokenizer.eos_token_ids)
+        assert len(expected.token_ids) > 20
+        stream = client.stream("Keep going.", mode="split", max_new_tokens=40, temperature=1.0, seed=5)
+        next(stream)
+        server.kill()
+        restart = threading.Thread(target=server.restart)
+        restart.start()
+        reply = stream.finish()
+        restart.join()
+        assert expected.agrees_with(reply.token_ids)
+
+
+def test_what_mode_split_cannot_do_is_said(tiny_pair: Pair, tiny_server: Server, tmp_path: Path) -> None:
+    with Client(tiny_pair.bundle, tiny_server.address) as client:
+        with pytest.raises(ConfigError, match="repetition_penalty is 1.2; in mode 'split' it takes 1.0"):
+            client.generate("Hello", mode="split", repetition_penalty=1.2)
+        service = client.describe()
+        front = client.bundle.front
+        assert front is not None
+        with pytest.raises(ModelMismatchError, match="the bundle's front has 1 layers; here can be entered after none"):
+            check_tail(front, replace(service, tail_cuts=()), "here")
+        with pytest.raises(ModelMismatchError, match="the bundle's front sends int8; here takes float32"):
+            check_tail(front, replace(service, boundary_codecs=("float32",)), "here")
+    whole = copy_of(tiny_pair.bundle, tmp_path / "whole")
+    edit_manifest(whole, lambda content: content.update(front=None, cut_points=[]))
+    with (
+        Client(whole, tiny_server.address) as client,
+        pytest.raises(ConfigError, match="edgecloud partition --cut K"),
+    ):
+        client.generate("Hello", mode="split")
+    with Client(tiny_pair.bundle) as client, pytest.raises(ConfigError, match="mode 'split' needs a cloud"):
+        client.generate("Hello", mode="split")
