@@ -1,7 +1,8 @@
 """Where a real pair's draft guesses right along the target's text: what the replay flies by.
 
-First turns of Spec-Bench's questions, a seeded sample of every category. Of the texts only bits are kept: bit i of an answer says
-whether the draft, given the prompt and the target's first i tokens, guesses the next one.
+First turns of Spec-Bench's questions, a seeded sample of every category. Of the texts only digits are kept: rank i of an answer is
+the place of the target's next token among the draft's candidates, given the prompt and the target's first i tokens: 0, the draft
+guesses it (bit i is 1); 9, it is that far down or further.
     python benchmarks/record_acceptance.py --prompts spec_bench_dev.jsonl
 """
 
@@ -17,11 +18,12 @@ from cloud_passes import read, sample
 
 from edgecloud.bundle import Bundle
 from edgecloud.client import Client
-from edgecloud.edge.drafter import ModelDrafter
 from edgecloud.edge.model import DraftModel
+from edgecloud.kernels.choice import gumbel, process
 from edgecloud.sampling import SamplingSettings
 
 AT_A_TIME = 8
+LAST_RANK = 9
 
 
 class Target:
@@ -57,6 +59,15 @@ class Target:
         return [[answer.next_token_id for answer in answers] for answers in heard]
 
 
+def rank(model: DraftModel, tokens: list[int], token: int, vocab_size: int, settings: SamplingSettings) -> int:
+    """How many tokens the draft would rather choose than this one, up to LAST_RANK."""
+    scores = process(model.extend_to(tokens)[:vocab_size], tokens, settings)
+    if not settings.greedy:
+        scores += gumbel(settings.seed, len(tokens), vocab_size)
+    above = (scores > scores[token]).sum() + (scores[:token] == scores[token]).sum()  # of equals the first is chosen
+    return min(int(above), LAST_RANK)
+
+
 def main() -> None:
     parser = harness.arguments(__doc__, __file__)
     parser.add_argument("--prompts", type=Path, required=True, help="JSON lines with question_id, category, turns")
@@ -72,7 +83,7 @@ def main() -> None:
     with harness.pinned(cpu), Client(path) as client:
         target = Target(path / "cloud")
         draft = DraftModel(bundle.file(bundle.draft.model), bundle.draft.max_context_tokens, 1)
-        drafter = ModelDrafter(lambda: draft, min(bundle.draft.vocab_size, bundle.target.vocab_size))
+        vocab_size = min(bundle.draft.vocab_size, bundle.target.vocab_size)
         questions, _ = sample(client, read(options.prompts), options.per_category, options.max_prompt_tokens, options.seed)
         recorded: dict[str, list[dict[str, Any]]] = {}
         for temperature in (0.0, 1.0):
@@ -83,12 +94,15 @@ def main() -> None:
                 prompts = [client.tokenizer.encode_chat([{"role": "user", "content": q["prompt"]}]) for q in some]
                 texts = target.texts(prompts, options.max_new_tokens, stops, settings)
                 for question, prompt, text in zip(some, prompts, texts, strict=True):
-                    bits = ""
-                    for at, token in enumerate(text):
-                        [guess] = drafter.draft(prompt + text[:at], 1, settings, ())
-                        bits += "01"[guess == token]
+                    ranks = [rank(draft, prompt + text[:at], token, vocab_size, settings) for at, token in enumerate(text)]
                     answers.append(
-                        {"id": question["id"], "category": question["category"], "prompt_tokens": len(prompt), "bits": bits}
+                        {
+                            "id": question["id"],
+                            "category": question["category"],
+                            "prompt_tokens": len(prompt),
+                            "bits": "".join("01"[place == 0] for place in ranks),
+                            "ranks": "".join(map(str, ranks)),
+                        }
                     )
                 harness.progress(f"temperature {temperature:g}: {len(answers)} of {len(questions)}")
     rates = {key: "".join(a["bits"] for a in answers) for key, answers in recorded.items()}

@@ -3,13 +3,14 @@
 Every arm flies the same answers again and again for as long as the link's trace lasts. `regret` is auto's time a token over the
 best fixed arm's. `hindsight`: of a window of 5 s, the tokens of the fixed arm that does best in it from where auto stands in the
 text, over auto's; a sum over windows. The arms fly the same text at the same time, or chance would make the best of many look good.
-    python benchmarks/replay.py --traces TRACES
-    python benchmarks/replay.py --gpu      on paper: pass times that others published, none of them measured here
+    python benchmarks/replay.py --traces TRACES      or replay_compiled.py, twice as fast
+    python benchmarks/replay.py --gpu                on paper: pass times that others published, none of them measured here
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from functools import lru_cache, partial
 from multiprocessing import Pool
 from pathlib import Path
 from random import Random
+from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
 from typing import Any
 
 from harness import RESULTS, report
@@ -31,6 +33,7 @@ from virtual_device import VirtualDevice
 from virtual_link import VirtualLink
 from virtual_text import Text
 
+from edgecloud.edge import pilot
 from edgecloud.edge.controller import Controller
 from edgecloud.edge.estimates import Estimates
 from edgecloud.edge.link_config import RateFunction, Trace, read_trace
@@ -184,7 +187,7 @@ def _answer(
     cloud.open(text)
     device = VirtualDevice(env, text, scene.step_ms, scene.read_ms, estimates)
     planner: Planner = Controller(estimates) if arm == "auto" else Fixed(FIXED[arm])
-    pilot = Pilot(
+    flown_by = Pilot(
         text.prompt,
         planner,
         Retry(Timeout(), None, "virtual"),
@@ -205,7 +208,7 @@ def _answer(
         if flown is not None:
             flown.num_drafted += step.num_draft_tokens
 
-    flight = VirtualGeneration(env, pilot, device, link, cloud, estimates, show)
+    flight = VirtualGeneration(env, flown_by, device, link, cloud, estimates, show)
     flight.begin()
     env.run(env.any_of([flight.ended, env.timeout(max(0.0, until_s - env.now))]))
     return heard, device
@@ -324,7 +327,10 @@ def compare_all(scenes: Sequence[Scene], bits: str, processes: int) -> list[dict
     if processes == 1:
         return [compare(scene, bits) for scene in scenes]
     with Pool(processes) as pool:
-        return pool.map(partial(_compared, bits), scenes, chunksize=1)
+        results = pool.map(partial(_compared, bits), scenes, chunksize=1)
+        pool.close()
+        pool.join()  # or their time would not be counted
+    return results
 
 
 def shown(rows: Iterable[dict[str, Any]]) -> None:
@@ -380,15 +386,18 @@ def main() -> None:
     recorded = json.loads(options.acceptance.read_text("utf-8"))
     answers = [answer["bits"] for answer in recorded["answers"][options.temperature]]
     bits = "".join(Random(0).sample(answers, len(answers)))
+    gc.set_threshold(100_000)  # worlds are many small objects, nearly all of them freed without the collector
     start = time.perf_counter()
     scenes = on_paper(options.minutes) if options.gpu else here(fitted(options.times), options.traces, options.minutes)
     results = compare_all(scenes, bits, options.processes)
     took_s = time.perf_counter() - start
+    cpu_s = sum(sum(getrusage(who)[:2]) for who in (RUSAGE_SELF, RUSAGE_CHILDREN))
     windows = len(FIXED) * (RUN_IN_S + WINDOW_S) / (WINDOW_STRIDE * WINDOW_S)  # flown again, for the hindsight
-    virtual_minutes = sum(row["duration_s"] for row in results) * (len(ARMS) + windows) / 60
+    trace_minutes = sum(row["duration_s"] for row in results) * (len(ARMS) + windows) / 60
     rows = grouped(results)
     shown(rows)
-    print(f"{virtual_minutes:.0f} minutes in {took_s:.1f} s: {virtual_minutes / took_s * 60:.0f} a minute")
+    rate = round(trace_minutes / took_s * 60)
+    print(f"{trace_minutes:.0f} trace minutes in {took_s:.1f} s: {rate} a minute")
     traced = [row for row in results if "/" in row["name"]]
     figures: list[tuple[str, float, str, float]] = []
     for name, some in (
@@ -401,7 +410,16 @@ def main() -> None:
             figures.append((f"auto against the best arm of every 5 s, {name}", ahead, "<=", 1.1))
             figures.append((f"auto against the best fixed arm, {name}", statistics.median(r["regret"] for r in some), "<=", 1.1))
     raw: dict[str, Any] = {"on_paper": GPUS} if options.gpu else {}
-    raw |= {"virtual_minutes_per_minute": round(virtual_minutes / took_s * 60), "table": rows, "results": results}
+    speed = {
+        "trace_minute": "a minute of one scene for one arm, also what is flown again for the hindsight",
+        "trace_minutes": round(trace_minutes),
+        "wall_s": round(took_s, 1),
+        "trace_minutes_per_minute": rate,
+        "trace_minutes_per_cpu_minute": round(trace_minutes / cpu_s * 60),  # whatever else the machine did
+        "processes": options.processes,
+        "compiled": not str(pilot.__file__).endswith(".py"),
+    }
+    raw |= {"speed": speed, "table": rows, "results": results}
     report(out, figures, raw)
 
 

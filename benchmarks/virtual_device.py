@@ -18,8 +18,8 @@ class VirtualDevice:
     def __init__(self, env: Environment, text: Text, step_ms: float, read_ms: float, estimates: Estimates) -> None:
         self._env = env
         self._text = text
-        self._step_ms = step_ms
-        self._read_ms = read_ms
+        self.step_ms = step_ms
+        self.read_ms = read_ms
         self._estimates = estimates
         self._last: tuple[int, int] | None = None
         self._num_cached = 0
@@ -31,7 +31,7 @@ class VirtualDevice:
         self._last = order.version, length
         missing = max(1, length - self._num_cached)
         self._num_cached = length
-        elapsed_ms = self._step_ms + (missing - 1) * self._read_ms
+        elapsed_ms = self.step_ms + (missing - 1) * self.read_ms
         self.num_steps += 1
 
         later(self._env, elapsed_ms / 1e3, self._done, order, post, elapsed_ms if one_step else None)

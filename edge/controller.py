@@ -69,10 +69,9 @@ class Controller:
         arms = [Arm(Plan("cloud", 0), Price(known.cloud.stream_ms(context_tokens), 1.0))]
         for length in lengths:
             for first in sorted({SHORT_FIRST, length}):
-                price = overlapped(
-                    survival, length, step_ms, rtt_ms, pass_ms[length], MAX_IN_FLIGHT, queue_ms, (first, pass_ms[first])
-                )
-                flights = min(MAX_IN_FLIGHT, flights_worth(survival, length, first))  # further ones would be drafted in vain
+                opening = first, pass_ms[first]
+                price = overlapped(survival, length, step_ms, rtt_ms, pass_ms[length], MAX_IN_FLIGHT, queue_ms, opening)
+                flights = min(MAX_IN_FLIGHT, flights_worth(survival, length, first))  # more would be drafted in vain
                 arms.append(Arm(Plan("speculative", length, flights, num_first_tokens=first), price))
         return arms
 

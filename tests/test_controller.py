@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from operator import mul
 from random import Random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgecloud.cost import COST_SLOWDOWN, MAX_IN_FLIGHT, overlapped, survival
-from edgecloud.edge.controller import DRAFT_LENGTHS, Controller
+from edgecloud.cost import COST_SLOWDOWN, MAX_IN_FLIGHT, flights_worth, overlapped, survival
+from edgecloud.edge.controller import DRAFT_LENGTHS, OTHER_LENGTH, Controller, same_way
 from edgecloud.edge.estimates import Estimates
 from edgecloud.edge.plan import Plan
 from edgecloud.options import OBJECTIVES
@@ -177,7 +178,77 @@ def test_a_round_trip_seen_long_ago_is_tried_again() -> None:
     assert controller.plan(12.0, 2).mode == "speculative"
 
 
+def test_it_drafts_no_further_ahead_than_guesses_can_be_right() -> None:
+    """The same drafts, fewer of them on their way as the acceptance falls: that is no change of plan."""
+    estimates = seen(Site(acceptance=0.9))
+    controller = Controller(estimates, "offline-first")
+    far = controller.plan(0.0, 1)
+    for _ in range(60):
+        estimates.acceptance.add(0, False)
+    near = controller.plan(1.0, 2)
+    assert not estimates.acceptance.alarm
+    assert near.num_draft_tokens == far.num_draft_tokens
+    assert 1 <= near.max_in_flight < far.max_in_flight <= MAX_IN_FLIGHT
+    assert near.lookahead < far.lookahead
+
+
+def test_another_draft_length_must_promise_more_though_the_flights_change_with_the_acceptance() -> None:
+    random, flights = Random(3), set()
+    for site in (Site(rtt_ms=rtt_ms, step_ms=step_ms, stream_ms=200) for rtt_ms in (2, 30, 90) for step_ms in (5, 15)):
+        estimates = seen(site)
+        controller = Controller(estimates)
+        plan = controller.plan(0.0, 0)
+        for context in range(1, 80):
+            estimates.acceptance.add(random.choice([0, 0, 1, 2]), random.random() < (0.9 if context % 40 < 20 else 0.3))
+            arms = controller.arms(0.0, context)
+            price = next(arm.price.ms_per_token for arm in arms if same_way(arm.plan, plan))
+            plan, before = controller.plan(0.0, context), plan
+            flights.add(plan.max_in_flight)
+            if not same_way(plan, before):
+                assert next(arm.price.ms_per_token for arm in arms if arm.plan == plan) <= OTHER_LENGTH * price
+    assert len(flights) > 1
+
+
 # The cost model
+
+
+@given(st.floats(0.0, 0.99), st.integers(0, 16), st.integers(0, 16), st.floats(0.1, 100), st.floats(0, 500), st.floats(0.1, 500))
+def test_more_drafts_on_their_way_than_are_worth_it_change_no_price(
+    acceptance: float, length: int, first: int, draft_ms: float, rtt_ms: float, verify_ms: float
+) -> None:
+    chances = survival(acceptance, 16)
+    first_pass = first, 0.9 * verify_ms
+    worth = flights_worth(chances, length, first)
+    assert worth >= 1
+    unlimited = overlapped(chances, length, draft_ms, rtt_ms, verify_ms, 1000, 3.0, first_pass)
+    assert overlapped(chances, length, draft_ms, rtt_ms, verify_ms, worth, 3.0, first_pass) == unlimited
+    limited = overlapped(chances, length, draft_ms, rtt_ms, verify_ms, MAX_IN_FLIGHT, 3.0, first_pass)
+    assert overlapped(chances, length, draft_ms, rtt_ms, verify_ms, min(worth, MAX_IN_FLIGHT), 3.0, first_pass) == limited
+
+
+@given(
+    st.lists(st.floats(0.0, 1.0), min_size=12, max_size=12),
+    st.floats(0.1, 100),
+    st.floats(0, 500),
+    st.floats(1, 500),
+    st.floats(0, 50),
+)
+def test_the_least_price_of_a_round_is_where_the_marginal_rule_stops_drafting(
+    rates: list[float], draft_ms: float, rtt_ms: float, base_ms: float, row_ms: float
+) -> None:
+    """The design's: draft token i+1 only if S_{i+1} / E_i > step / (C + i * step). A step here pays its row in the pass, too."""
+    chances = list(accumulate(rates, mul))  # S_1, S_2, ...
+    expected = list(accumulate(chances, initial=1.0))  # E_0, E_1, ...
+    step_ms = draft_ms + row_ms
+    fixed_ms = draft_ms / 2 + rtt_ms + base_ms + row_ms
+
+    def price(length: int) -> float:
+        """Of a round with nothing on its way: no guess of a bonus token is right."""
+        verify_ms = base_ms + row_ms * (length + 1)
+        return overlapped([*chances[:length], 0.0], length, draft_ms, rtt_ms, verify_ms, 1).ms_per_token
+
+    stop = next((i for i, chance in enumerate(chances) if chance * (fixed_ms + i * step_ms) <= step_ms * expected[i]), len(chances))
+    assert price(stop) == pytest.approx(min(price(length) for length in range(len(chances) + 1)), rel=1e-9)
 
 
 @given(st.floats(0.01, 0.99), st.integers(0, 16), st.floats(0.1, 100), st.floats(0, 500), st.floats(0.1, 500), st.integers(1, 4))
