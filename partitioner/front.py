@@ -6,6 +6,7 @@ Cutting there leaves nothing of the layers behind, no weight and no cache.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import onnx_ir as ir
@@ -26,6 +27,7 @@ def export_front(model: ModelFolder, cut: int, folder: Path) -> Path:
     whole = run_builder(model, folder / "layers", "fp32", ["exclude_lm_head=true", f"num_hidden_layers={cut + 1}"])
     graph = folder / GRAPH_FILES[0]
     cut_graph(whole, cut, graph)
+    shutil.rmtree(whole.parent)
     return graph
 
 

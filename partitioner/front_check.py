@@ -16,7 +16,7 @@ from torch import Tensor
 from edgecloud.errors import ModelError
 from edgecloud.kernels.codec import decode, encode, row_bytes
 from edgecloud.partitioner.check import MAX_PARITY_DIFF, NUM_PARITY_STEPS, Parity, Sample, graph_buffers
-from edgecloud.partitioner.damage import answer_log_probs, decoder_layers
+from edgecloud.partitioner.damage import answer_log_probs, compare, decoder_layers
 from edgecloud.partitioner.graph import FrontGraph
 
 Rows = npt.NDArray[np.float32]
@@ -61,27 +61,35 @@ def measure_front_quality(
     target: torch.nn.Module, cut: int, graph: FrontGraph, codec: str, samples: Sequence[Sample]
 ) -> FrontQuality:
     """Errors of its rows, and the answers of the target when they enter layer `cut` encoded and decoded."""
+    return measure_front_qualities(target, cut, graph, [codec], samples)[codec]
+
+
+def measure_front_qualities(
+    target: torch.nn.Module, cut: int, graph: FrontGraph, codecs: Sequence[str], samples: Sequence[Sample]
+) -> dict[str, FrontQuality]:
+    """The same for several codecs; each costs a pass of the target a sample."""
     errors: list[float] = []
-    divergences: list[float] = []
-    num_agreed = 0
+    positions: dict[str, list[tuple[bool, float]]] = {codec: [] for codec in codecs}
     for sample in samples:
         tokens = [*sample.prompt_ids, *sample.continuation_ids[:-1]]
         expected = stream_entering(target, cut, tokens)
         rows = _rows(graph, [len(tokens)], tokens)
         errors += (np.linalg.norm(rows - expected, axis=1) / np.linalg.norm(expected, axis=1)).tolist()
         wanted = answer_log_probs(target, sample)
-        with entering(decoder_layers(target)[cut], decode(encode(rows, codec), codec, graph.width)):
-            got = answer_log_probs(target, sample)
-        num_agreed += int((wanted.argmax(dim=1) == got.argmax(dim=1)).sum())
-        divergences += (wanted.exp() * (wanted - got)).sum(dim=1).clamp(min=0.0).tolist()
-    return FrontQuality(
-        median_relative_error=float(np.median(errors)),
-        max_relative_error=max(errors),
-        agreement=num_agreed / len(divergences),
-        kl_nats=sum(divergences) / len(divergences),
-        bytes_per_position=row_bytes(codec, graph.width),
-        num_positions=len(divergences),
-    )
+        for codec in codecs:
+            with entering(decoder_layers(target)[cut], decode(encode(rows, codec), codec, graph.width)):
+                positions[codec] += compare(wanted, answer_log_probs(target, sample))
+    return {
+        codec: FrontQuality(
+            median_relative_error=float(np.median(errors)),
+            max_relative_error=max(errors),
+            agreement=sum(same for same, _ in of_codec) / len(of_codec),
+            kl_nats=sum(kl for _, kl in of_codec) / len(of_codec),
+            bytes_per_position=row_bytes(codec, graph.width),
+            num_positions=len(of_codec),
+        )
+        for codec, of_codec in positions.items()
+    }
 
 
 def open_front(path: Path, samples: Sequence[Sample]) -> FrontGraph:

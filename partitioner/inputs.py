@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,6 +87,12 @@ def require_space(folder: Path, needed_bytes: int) -> None:
             f"no room in {folder}: the work needs {needed_bytes / 1e6:.0f} MB and {free_bytes / 1e6:.0f} MB are free; "
             "free some space or choose another disk"
         )
+
+
+def require_front_space(cache: Path | None, target: ModelFolder) -> None:
+    """Where a front that is only tried is written. Raises BundleError."""
+    folder = Path(tempfile.gettempdir()) if cache is None else cache
+    require_space(folder, _front_bytes(target) + MARGIN_BYTES)
 
 
 def _plan_front(target: ModelFolder, cut: int, precision: FrontPrecision, codec: str) -> FrontPlan:

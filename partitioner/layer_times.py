@@ -106,7 +106,7 @@ class LayerTimes:
         shape, bandwidth = self.shape, self.machine.memory_bandwidth
         kv_gb = shape.kv_bytes(1, 1, 2 if self.weights == "fp16" else 4) / 1e9  # of a token
         if measured := self._measured:
-            alone = sum(_at(measured.rows, measured.layer(layer), num_rows) for layer in range(first, last))
+            alone = sum(at_rows(measured.rows, measured.layer(layer), num_rows) for layer in range(first, last))
             further_gb = (last - first) * kv_gb * (context_tokens - measured.context_tokens)
             return max(0.0, alone + 1e3 * further_gb / bandwidth)
         attention = 4 * num_rows * max(0.0, context_tokens - num_rows / 2) * shape.num_heads * shape.head_size
@@ -117,7 +117,7 @@ class LayerTimes:
     def ends_ms(self, num_rows: int, head_rows: int) -> float:
         """Embedding, head over the last `head_rows` of the rows, and what is around the layers."""
         if measured := self._measured:
-            return _at(measured.rows, measured.rest_ms, num_rows if head_rows > 1 else 1) if head_rows else 0.0
+            return at_rows(measured.rows, measured.rest_ms, num_rows if head_rows > 1 else 1) if head_rows else 0.0
         head_ms = self._roofline_ms(self.shape.head_weights, 2 * head_rows * self.shape.head_weights / 1e9) if head_rows else 0.0
         return head_ms + self.machine.overheads.pass_ms
 
@@ -144,8 +144,8 @@ class LayerTimes:
         return 1e3 * max(gb / self.machine.memory_bandwidth, gflop / self.machine.compute[self.weights])
 
 
-def _at(rows: Sequence[int], ms: Sequence[float], num_rows: int) -> float:
-    """Straight lines between the measured numbers of rows, the last one going on; a single one grows with the rows."""
+def at_rows(rows: Sequence[int], ms: Sequence[float], num_rows: int) -> float:
+    """Of a run. Straight lines between the measured numbers of rows, the last one going on; a single one grows with the rows."""
     if num_rows <= rows[0]:
         return ms[0]
     if len(rows) == 1:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgecloud.errors import ConfigError
 from edgecloud.partitioner.strict import from_mapping
+
+if TYPE_CHECKING:
+    from edgecloud.partitioner.front_check import FrontQuality
 
 EXACT = "float32"  # codec and front that change nothing
 
@@ -37,13 +40,22 @@ class Loss:
 class Losses:
     """All measurements of a target."""
 
-    measured: tuple[Loss, ...] = ()
+    measured: tuple[Loss, ...] = ()  # a survey: what lies between two of its cuts is read off it
+    tried: tuple[Loss, ...] = ()  # exported fronts, each for its own cut only
+
+    @property
+    def known(self) -> tuple[Loss, ...]:
+        """Of either kind."""
+        return *self.measured, *self.tried
 
     def loss(self, cut: int, front: str, codec: str) -> float | None:
         """Share of tokens that differ: measured together, else front and boundary each by itself, added; None: not measured.
 
-        Between measured cuts on a straight line, never beyond them.
+        Between the survey's cuts on a straight line, never beyond them.
         """
+        for one in self.tried:
+            if (one.cut, one.front, one.codec) == (cut, front, codec):
+                return 1 - one.agreement
         together = self._at(cut, front, codec)
         if together is not None:
             return together
@@ -84,3 +96,14 @@ def losses_of(entries: Sequence[Any] | Iterable[Any], where: str) -> Losses:
         return Losses(tuple(from_mapping(Loss, entry, f"[{at}]") for at, entry in enumerate(entries)))
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from error
+
+
+def losses_of_front(cut: int, front: str, qualities: Mapping[str, FrontQuality]) -> list[Loss]:
+    """One for each boundary."""
+    return [
+        Loss(
+            cut, codec, one.agreement, front, one.kl_nats,
+            bytes_per_position=one.bytes_per_position, num_positions=one.num_positions,
+        )
+        for codec, one in qualities.items()
+    ]  # fmt: skip

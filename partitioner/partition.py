@@ -28,10 +28,21 @@ from edgecloud.partitioner.steps import cached_check, cached_export
 DRAFT_FOLDER = "edge/draft"
 
 
-def partition(inputs: Inputs, *, cache: Path | None = None, remark: Remark = lambda _: None) -> PartitionReport:
+def refer_to(inputs: Inputs, cache: Path | None, remark: Remark, *, fp32: bool = False) -> Reference:
+    """What these inputs' exports are held against; `fp32` even where the inputs alone do not need it."""
+    target, draft = inputs.target, inputs.draft
+    shortest = min(target.max_context_tokens, draft.max_context_tokens)
+    fp32 = fp32 or draft.path == target.path or inputs.front is not None
+    return Reference(target, inputs.num_tokens, shortest, fp32=fp32, cache=cache, remark=remark)
+
+
+def partition(
+    inputs: Inputs, *, cache: Path | None = None, remark: Remark = lambda _: None, reference: Reference | None = None
+) -> PartitionReport:
     """Export, check and write. The bundle appears whole or not at all; one that is there is replaced in the last step.
 
-    Exports and checks that are in `cache` are not made again; None: nothing is kept.
+    Exports and checks that are in `cache` are not made again; None: nothing is kept. A `reference` that was used before
+    (`refer_to`) spares its model and its samples.
 
     Raises:
         ModelError: the export failed or is not the model.
@@ -40,7 +51,7 @@ def partition(inputs: Inputs, *, cache: Path | None = None, remark: Remark = lam
     begin = time.monotonic()
     try:
         with atomic_folder(inputs.destination) as folder:
-            report = _fill(folder, inputs, cache, remark)
+            report = _fill(folder, inputs, cache, remark, reference)
     except OSError as error:
         if error.errno in NO_SPACE:
             raise BundleError(
@@ -51,16 +62,15 @@ def partition(inputs: Inputs, *, cache: Path | None = None, remark: Remark = lam
     return dataclasses.replace(report, seconds=round(time.monotonic() - begin, 1))
 
 
-def _fill(folder: Path, inputs: Inputs, cache: Path | None, remark: Remark) -> PartitionReport:
+def _fill(folder: Path, inputs: Inputs, cache: Path | None, remark: Remark, reference: Reference | None) -> PartitionReport:
     target, draft = inputs.target, inputs.draft
-    remark("fingerprints")
-    target_fingerprint = target.fingerprint()
+    reference = reference or refer_to(inputs, cache, remark)
+    target_fingerprint = reference.fingerprint
     draft_fingerprint = target_fingerprint if draft.path == target.path else draft.fingerprint()
     (folder / DRAFT_FOLDER).mkdir(parents=True)
     graph = _export_draft(folder, inputs, draft_fingerprint, cache, remark)
     _copy_target(target, folder / "cloud")
     tokenizer = _write_tokenizer(folder, target)
-    reference = Reference(inputs, tokenizer.eos_token_ids, remark)
     parity, agreement = cached_check(
         cache,
         (target_fingerprint, draft_fingerprint, tokenizer.fingerprint),
@@ -69,9 +79,9 @@ def _fill(folder: Path, inputs: Inputs, cache: Path | None, remark: Remark) -> P
         lambda: _check(folder, graph, inputs, reference, remark),
     )
     shutil.rmtree(folder / "checks")
-    front = None if inputs.front is None else FrontMaker(target, inputs.front, folder, remark)
+    front = None if inputs.front is None else FrontMaker(reference, inputs.front, folder, cache, remark)
     if front is not None:
-        front.make_and_check(reference.model, reference.samples)
+        front.make_and_check()
     remark("speed and memory of the draft, one thread")
     try:
         device = measure_device(graph)

@@ -11,7 +11,7 @@ from rich.table import Table
 from edgecloud.partitioner.candidate import Connection, PlanMode
 from edgecloud.partitioner.prediction import Predictor, Scene
 from edgecloud.partitioner.regions import FEW_MBPS, FEW_RTT_MS, Place, best_by_cut, over_links
-from edgecloud.partitioner.search import VALUE_NAMES, Constraints, Judged, PlanObjective, Search, search_over
+from edgecloud.partitioner.search import HOW_TO_MEASURE, VALUE_NAMES, Constraints, Judged, PlanObjective, Search, search_over
 
 CAPTION = "ms, bytes up and joules a token; MB of the device; loss: share of tokens unlike the full target's"
 NUM_SHOWN = 6  # candidates that may be, beside the best of each mode
@@ -163,6 +163,11 @@ def _standing_assumptions(scene: Scene) -> list[str]:
     for draft in scene.drafts:
         how = "measured" if draft.measured else "assumed"
         lines.append(f"draft: {draft.name}, {how} to be right {draft.survival[0]:.0%} of the time")
-    if not scene.losses.measured:
-        lines.append("what quantized fronts and boundaries do to the text is not known here; give --damage FILE")
+    for front in scene.fronts:
+        lines.append(f"front: times as measured, at {front.cut} in {front.weights}; other cuts in proportion")
+    for loss in scene.losses.tried:
+        what = f"split at {loss.cut}, front {loss.front}, boundary {loss.codec}"
+        lines.append(f"{what}: measured to lose {1 - loss.agreement:.3f} of {loss.num_positions} tokens")
+    if not scene.losses.known:
+        lines.append(f"what quantized fronts and boundaries do to the text is not known here: {HOW_TO_MEASURE}")
     return lines

@@ -25,6 +25,7 @@ from edgecloud.partitioner.candidate import (
     FrontWeights,
     Workload,
 )
+from edgecloud.partitioner.front_times import FrontTimes, nearest
 from edgecloud.partitioner.layer_times import LayerTimes, ModelShape
 from edgecloud.partitioner.losses import Losses
 from edgecloud.partitioner.machine_profile import MachineProfile
@@ -57,6 +58,7 @@ class Scene:
     cloud: MachineProfile
     workload: Workload = field(default_factory=Workload)
     losses: Losses = field(default_factory=Losses)
+    fronts: Sequence[FrontTimes] = ()  # exported ones, timed on the device
 
     @property
     def front_weights(self) -> list[FrontWeights]:
@@ -180,12 +182,17 @@ class Predictor:
         return LayerTimes(draft.shape, self.scene.device, draft.weights)
 
     def _front_ms(self, weights: str, cut: int, num_rows: int) -> float:
-        times = LayerTimes(self._target, self.scene.device, weights)
-        return self._once(("front", weights, cut, num_rows), lambda: times.front_ms(cut, num_rows, self._context))
+        return self._once(("front", weights, cut, num_rows), lambda: self._front_run_ms(weights, cut, num_rows, self._context))
 
     def _front_reads_ms(self, weights: str, cut: int) -> float:
-        times, num_tokens = LayerTimes(self._target, self.scene.device, weights), self._workload.prompt_tokens
-        return self._once(("front reads", weights, cut), lambda: times.front_ms(cut, num_tokens, num_tokens))
+        num_tokens = self._workload.prompt_tokens
+        return self._once(("front reads", weights, cut), lambda: self._front_run_ms(weights, cut, num_tokens, num_tokens))
+
+    def _front_run_ms(self, weights: str, cut: int, num_rows: int, context_tokens: float) -> float:
+        device = self.scene.device
+        if measured := nearest(self.scene.fronts, weights, cut):
+            return measured.front_ms(self._target, device.memory_bandwidth, cut, num_rows, context_tokens)
+        return LayerTimes(self._target, device, weights).front_ms(cut, num_rows, context_tokens)
 
     def _cloud_ms(self, cut: int, num_rows: int) -> float:
         """The layers from a cut on, or all of them from 0, and the head over every row."""

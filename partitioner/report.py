@@ -30,6 +30,7 @@ class FrontReport:
     parity: Parity  # of the fp32 export
     quality: FrontQuality  # of the front and the codec as they are in the bundle
     device: FrontFigures
+    codecs: dict[str, FrontQuality]  # the same with every boundary that a plan may take
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ PlanObjective = Literal["latency", "cost", "energy", "privacy"]
 OFFERED_AS = {"the device": "a device with"}
 DEFAULT_MAX_LOSS = 0.03
 KEEP_PROMPT = "--keep-prompt-on-device"
+HOW_TO_MEASURE = "a partition with --objective or a constraint, and no --dry-run, measures some fronts; --damage FILE tells it"
 EVEN = 1e-9  # relative: constraints are met to rounding
 
 
@@ -197,8 +198,10 @@ def _nearest(found: Sequence[Judged], limits: Sequence[_Limit]) -> str:
             option = OFFERED_AS.get(limit.option) or ("--tpot" if limit.option.startswith("objective") else limit.option)
             offers.append(f"{option} {limit.show(need)} ({judged.candidate})")
     asked = ", ".join(f"{limit.option} {limit.show(limit.allowed)}" if limit.allowed else limit.option for limit in limits)
+    losses = [judged.figures.loss for judged in found if judged.candidate.mode == "split"]
+    unknown = f" (no loss of a split is known: {HOW_TO_MEASURE})" if losses and set(losses) == {None} else ""
     if offers:
-        return f"no plan keeps to {asked}; one does with {', or with '.join(offers)}"
+        return f"no plan keeps to {asked}; one does with {', or with '.join(offers)}{unknown}"
     nearest = min(found, key=lambda judged: sum(_excess(limit, judged) for limit in limits))
     misses = "; ".join(nearest.violated)
     return f"no plan keeps to {asked}, nor with any one of them given up; nearest is {nearest.candidate}: {misses}"

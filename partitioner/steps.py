@@ -10,22 +10,68 @@ from importlib.metadata import version
 from pathlib import Path
 
 from edgecloud.fingerprint import sha256_file
-from edgecloud.partitioner import check, export
+from edgecloud.partitioner import check, export, front, front_check, quantize
+from edgecloud.partitioner.candidate import CODECS
+from edgecloud.partitioner.inputs import FrontPlan
 from edgecloud.partitioner.model_folder import ModelFolder
 from edgecloud.partitioner.step_cache import cached_step
 
-CHECKS = "checks.json"
+CHECKS, SAMPLES = "checks.json", "samples.json"
 
 
-def cached_export(
-    cache: Path | None, model: ModelFolder, fingerprint: str, folder: Path, precision: export.Precision, cut: int | None = None
-) -> bool:
+def cached_export(cache: Path | None, model: ModelFolder, fingerprint: str, folder: Path, precision: export.Precision) -> bool:
     """The model's graph in `folder`, as `export.export_graph` writes it.  -> whether it was in the cache
 
-    `cut` names the layers of a graph that is only a front. Raises what `export_graph` raises.
+    Raises what `export_graph` raises.
     """
-    parts = {"step": "export", "model": fingerprint, "precision": precision, "cut": cut, **_builder()}
+    parts = {"step": "export", "model": fingerprint, "precision": precision, **_builder()}
     return cached_step(cache, parts, folder, lambda made: export.export_graph(model, made, precision))
+
+
+def cached_front_layers(cache: Path | None, model: ModelFolder, fingerprint: str, folder: Path, cut: int) -> bool:
+    """The fp32 graph of the layers before `cut` in `folder`, as `front.export_front` writes it.  -> whether it was in the cache
+
+    Raises what `export_front` raises.
+    """
+
+    def make(made: Path) -> None:
+        made.mkdir(parents=True, exist_ok=True)
+        front.export_front(model, cut, made)
+
+    parts = {"step": "front layers", "model": fingerprint, "cut": cut, "code": sha256_file(Path(front.__file__)), **_builder()}
+    return cached_step(cache, parts, folder, make)
+
+
+def cached_front(
+    cache: Path | None, fingerprints: tuple[str, ...], plan: FrontPlan, folder: Path, make: Callable[[Path], None]
+) -> bool:
+    """A front as it is in a bundle, and what was found out about it, in `folder`; `fingerprints` are of target and tokenizer.
+
+    Raises what `make` raises.  -> whether it was in the cache
+    """
+    code = {module.__name__: sha256_file(Path(str(module.__file__))) for module in (check, front, front_check, quantize)}
+    what = {"cut": plan.cut, "precision": plan.precision, "codecs": sorted({plan.codec, *CODECS})}
+    made_by = {"code": code, "onnxruntime": version("onnxruntime"), "torch": version("torch"), **_builder()}
+    return cached_step(cache, {"step": "front", "models": fingerprints, **what, **made_by}, folder, make)
+
+
+def cached_samples(
+    cache: Path | None,
+    fingerprints: tuple[str, ...],
+    settings: dict[str, object],
+    scratch: Path,
+    run: Callable[[], list[check.Sample]],
+) -> list[check.Sample]:
+    """The target's answers to the built-in prompts; `fingerprints` are of target and tokenizer. Raises what `run` raises."""
+
+    def make(folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / SAMPLES).write_text(json.dumps([asdict(sample) for sample in run()]), "utf-8")
+
+    parts = {"step": "samples", "models": fingerprints, **settings, "check": sha256_file(Path(check.__file__)),
+             "torch": version("torch"), "transformers": version("transformers")}  # fmt: skip
+    cached_step(cache, parts, scratch, make)
+    return [check.Sample(**found) for found in json.loads((scratch / SAMPLES).read_text("utf-8"))]
 
 
 def cached_check(

@@ -18,7 +18,7 @@ NOBODY = "no plan"
 def all_plots(plan: Plan, places: list[Place]) -> dict[str, str]:
     """SVG by name of the plot. What the plan has nothing of is left out: rate against damage."""
     plots = {"cuts": to_svg("cuts", latency_by_cut(plan)), "regions": to_svg("regions", regions(places))}
-    if plan.predictor.scene.losses.measured:
+    if plan.predictor.scene.losses.known:
         plots["damage"] = to_svg("damage", rate_against_damage(plan))
     return plots
 
@@ -62,9 +62,9 @@ def rate_against_damage(plan: Plan) -> Figure:
 
     figure, axes = new_figure()
     scene = plan.predictor.scene
-    pairs = list(dict.fromkeys((loss.front, loss.codec) for loss in scene.losses.measured))
+    pairs = list(dict.fromkeys((loss.front, loss.codec) for loss in scene.losses.known))
     for at, (front, codec) in enumerate(pairs):
-        found = [loss for loss in scene.losses.measured if (loss.front, loss.codec) == (front, codec)]
+        found = [loss for loss in scene.losses.known if (loss.front, loss.codec) == (front, codec)]
         num_bytes = row_bytes(codec, scene.target.hidden_size)
         label = codec if front == EXACT else f"{codec}, front {front}"
         axes.scatter([num_bytes] * len(found), [1 - loss.agreement for loss in found], color=f"C{at % 10}", label=label)

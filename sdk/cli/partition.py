@@ -30,11 +30,14 @@ from edgecloud.cli.plan_options import (
     ReportOption,
     TpotOption,
 )
-from edgecloud.errors import EdgecloudError
+from edgecloud.errors import EdgecloudError, NoPlanError
 
 if TYPE_CHECKING:
+    from edgecloud.partitioner.candidate import Candidate
     from edgecloud.partitioner.inputs import Inputs
+    from edgecloud.partitioner.losses import Loss
     from edgecloud.partitioner.plan import Plan
+    from edgecloud.partitioner.reference import Reference
 
 
 @app.command()
@@ -114,29 +117,30 @@ def partition(  # typer fills them by name
         prepare_folder(report, "--report")
     console = progress_console()
     if dry_run:
-        plan = options.plan(inputs, None)
-        if as_json:
-            print_json({**_inputs(inputs), "plan": plan.to_dict()})
-        else:
-            for key, value in _inputs(inputs).items():
-                typer.echo(f"{key}: {value}")
-            _show(plan)
-        _write(plan, report, remarks(console))
+        _write(_plan_dry(options, inputs, as_json), report, remarks(console))
         return
+
+    def remark(text: str) -> None:
+        console.print(text, style="dim", highlight=False)
+
+    remark("loading torch and transformers")
+    with extra_installed():
+        from edgecloud.partitioner.partition import partition as run_partition
+        from edgecloud.partitioner.partition import refer_to
+        from edgecloud.partitioner.step_cache import usable_cache
+    cache = usable_cache(remarks(console))
+    tried: list[Loss] = []
+    reference = None
     if cut is None and options.asks:
-        chosen = options.plan(inputs, None).best.candidate
+        reference = refer_to(inputs, cache, remark, fp32=True)
+        tried = _try_fronts(options, inputs, reference, cache, remark)
+        chosen = options.plan(inputs, None, tried).best.candidate
         if chosen.front is not None and chosen.codec is not None:
             remarks(console)(f"the plan takes a cut: {chosen}")
             inputs = check_inputs(model, bundle, **given, cut=chosen.cut, front_precision=chosen.front, boundary=chosen.codec)
-    console.print("loading torch and transformers", style="dim", highlight=False)
-    with extra_installed():
-        from edgecloud.partitioner.partition import partition as run_partition
-        from edgecloud.partitioner.step_cache import usable_cache
-    made = run_partition(
-        inputs, cache=usable_cache(remarks(console)), remark=lambda text: console.print(text, style="dim", highlight=False)
-    )
+    made = run_partition(inputs, cache=cache, remark=remark, reference=reference)
     try:
-        found = options.plan(inputs, made)
+        found = options.plan(inputs, made, tried)
     except EdgecloudError as error:  # the bundle is written and right, whatever can be planned for it
         found = None
         remarks(console)(f"no plan: {error}")
@@ -148,6 +152,39 @@ def partition(  # typer fills them by name
         if not as_json:
             _show(found)
         _write(found, report, remarks(console))
+
+
+def _plan_dry(options: PlanOptions, inputs: Inputs, as_json: bool) -> Plan:
+    plan = options.plan(inputs, None)
+    if as_json:
+        print_json({**_inputs(inputs), "plan": plan.to_dict()})
+        return plan
+    for key, value in _inputs(inputs).items():
+        typer.echo(f"{key}: {value}")
+    _show(plan)
+    return plan
+
+
+def _try_fronts(
+    options: PlanOptions, inputs: Inputs, reference: Reference, cache: Path | None, remark: Callable[[str], None]
+) -> list[Loss]:
+    """Losses of the few splits that would win if they lost little enough. None where any loss is allowed."""
+    if options.max_loss >= 1:
+        return []
+    from edgecloud.partitioner.front_trial import MAX_FRONTS, measure_candidate, try_fronts
+    from edgecloud.partitioner.inputs import require_front_space
+
+    def measure(candidate: Candidate) -> list[Loss]:
+        remark(f"the loss of {candidate} is not known: measuring it, {MAX_FRONTS} fronts at most")
+        if cache is not None:
+            cache.mkdir(parents=True, exist_ok=True)
+        require_front_space(cache, inputs.target)
+        return measure_candidate(candidate, reference, cache, remark)
+
+    try:
+        return try_fronts(lambda tried: options.search_any_loss(options.scene(inputs, None, tried)), measure, options.max_loss)
+    except NoPlanError:  # for another reason than a loss; the plan says so
+        return []
 
 
 def _show(plan: Plan) -> None:

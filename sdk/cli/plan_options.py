@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -14,9 +15,11 @@ from edgecloud.errors import ConfigError
 if TYPE_CHECKING:
     from edgecloud.partitioner.candidate import Connection, Workload
     from edgecloud.partitioner.inputs import Inputs
+    from edgecloud.partitioner.losses import Loss
     from edgecloud.partitioner.plan import Plan
+    from edgecloud.partitioner.prediction import Scene
     from edgecloud.partitioner.report import PartitionReport
-    from edgecloud.partitioner.search import Constraints
+    from edgecloud.partitioner.search import Constraints, Search
 
 Objective = Literal["latency", "cost", "energy", "privacy"]
 USUAL_DEVICE, USUAL_CLOUD, USUAL_LINK = "xeon-core", "cpu", "wifi"
@@ -87,20 +90,33 @@ class PlanOptions:
         if self.damage is not None:
             read_losses(self.damage)
 
-    def plan(self, inputs: Inputs, report: PartitionReport | None) -> Plan:
-        """For these models: with what a partition measured, or on assumptions.
+    def plan(self, inputs: Inputs, report: PartitionReport | None, tried: Sequence[Loss] = ()) -> Plan:
+        """For these models: with what a partition measured, or on assumptions; `tried` are losses of fronts that were exported.
 
         Raises:
             NoPlanError: nothing keeps to the constraints.
             ConfigError, ModelError: a value or a model that a plan cannot be made of.
         """
+        from edgecloud.partitioner.plan import make_plan
+
+        scene = self.scene(inputs, report, tried)
+        return make_plan(scene, _connection(self.link), self.objective, self._constraints, [])
+
+    def search_any_loss(self, scene: Scene) -> Search:
+        """Every plan, as if any loss were allowed. Raises NoPlanError, ConfigError."""
+        from edgecloud.partitioner.search import search
+
+        return search(scene, _connection(self.link), self.objective, replace(self._constraints, max_loss=1.0))
+
+    def scene(self, inputs: Inputs, report: PartitionReport | None, tried: Sequence[Loss] = ()) -> Scene:
+        """Machines, models and work. Raises ConfigError, ModelError."""
         from edgecloud.cost import survival
         from edgecloud.partitioner.candidate import Draft
         from edgecloud.partitioner.fitted import measured_by_export
+        from edgecloud.partitioner.front_times import FrontTimes
         from edgecloud.partitioner.layer_times import ModelShape
-        from edgecloud.partitioner.losses import Loss, Losses, read_losses
+        from edgecloud.partitioner.losses import Losses, losses_of_front, read_losses
         from edgecloud.partitioner.machine_profile import load_profile
-        from edgecloud.partitioner.plan import make_plan
         from edgecloud.partitioner.prediction import Scene
 
         device = load_profile(self.device or USUAL_DEVICE)
@@ -115,15 +131,17 @@ class PlanOptions:
         assumed = survival(self.acceptance or ASSUMED_ACCEPTANCE, NUM_SURVIVAL)
         chances = report.agreement.survival if report is not None and measured else assumed
         draft = Draft(f"{inputs.draft.name} {inputs.precision}", drafter, inputs.precision, tuple(chances), measured)
-        losses = Losses() if self.damage is None else read_losses(self.damage)
-        if report is not None and (front := report.front) is not None:
-            own_loss = Loss(front.cut, front.codec, front.quality.agreement, front.precision, front.quality.kl_nats)
-            losses = Losses((*losses.measured, own_loss))
+        surveyed = Losses() if self.damage is None else read_losses(self.damage)
+        front = None if report is None else report.front
+        own_losses = [] if front is None else losses_of_front(front.cut, front.precision, front.codecs)
+        losses = Losses(surveyed.measured, tuple(dict.fromkeys((*own_losses, *tried))))
+        fronts = []
+        if front is not None and self.device is None:
+            fronts.append(FrontTimes.of(front.cut, front.precision, front.device))
         if draft.weights not in device.compute:
             known_formats = ", ".join(device.compute)
             raise ConfigError(f"{device.name} has no figure for {draft.weights}, but for {known_formats}; take another --precision")
-        scene = Scene(target, [draft], device, cloud, self._workload, losses)
-        return make_plan(scene, _connection(self.link), self.objective, self._constraints, [])
+        return Scene(target, [draft], device, cloud, self._workload, losses, fronts)
 
     @property
     def _constraints(self) -> Constraints:
