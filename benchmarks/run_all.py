@@ -22,6 +22,7 @@ SCRIPTS = {  # with what --quick adds
     "cloud_decode": ["--starts", "1", "--repetitions", "2"],
     "engine": ["--repetitions", "1"],
     "front_end": ["--rounds", "10"],
+    "graph_sweep": ["--seconds", "1"],
     "boundary_damage": ["--per-category", "1", "--cuts", "10"],
     "cloud_passes": ["--per-category", "1", "--max-minutes", "1"],
 }

@@ -51,7 +51,7 @@ def prepare(request: GraphRequest, remark: Remark) -> Prepared:
     dag = build_dag(model, structure, facts, request.pins)
     if request.device_profile is None:
         remark("times of the nodes")
-        device = profile_nodes(model, samples[0], num_threads)
+        device = profile_nodes(model, samples[0], num_threads, request.timing_s)
     else:
         device = read_profile(request.device_profile, model, samples[0])
     if request.save_profile is not None:

@@ -32,6 +32,7 @@ class GraphRequest:
     codecs: tuple[str, ...] | None = None  # None: all, if any loss is allowed
     pins: Mapping[str, Side] = field(default_factory=dict)
     num_threads: int = 0  # 0: as many as this process may use
+    timing_s: float = 4.0  # for all halves in turn; at most that for the nodes too. Each runs five times whatever is left
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -51,5 +52,7 @@ class GraphRequest:
             raise ConfigError(
                 f"--boundary {','.join(self.codecs)} loses accuracy; say how much may be lost, such as --max-loss 0.01"
             )
+        if not 0 <= self.timing_s < float("inf"):
+            raise ConfigError(f"timing_s is {self.timing_s:g}; it takes seconds, 0 or more")
         if self.num_threads < 0:
             raise ConfigError(f"--threads {self.num_threads} cannot be; give 0 for as many as there are, or more")

@@ -67,14 +67,15 @@ def surviving_tensors(model: OnnxModel, num_threads: int) -> set[str]:
         return {name for node in _optimized(model.proto, Path(folder), num_threads) for name in node.output}
 
 
-def profile_nodes(model: OnnxModel, sample: Sample, num_threads: int) -> NodeProfile:
-    """Medians over runs. Raises ModelError if the model does not load or run."""
+def profile_nodes(model: OnnxModel, sample: Sample, num_threads: int, timing_s: float = ENOUGH_S) -> NodeProfile:
+    """Medians over runs, for `timing_s` or less each, with the profiler and without. Raises ModelError if it does not run."""
     named = onnx.ModelProto()
     named.CopyFrom(model.proto)
     for index, node in enumerate(named.graph.node):
         node.name = f"edgecloud:{index}"
     plain = Session(named, num_threads)
-    total_ms = median_ms(plain, sample)
+    enough_s = min(ENOUGH_S, timing_s)
+    total_ms = median_ms(plain, sample, enough_s)
     del plain
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -82,7 +83,7 @@ def profile_nodes(model: OnnxModel, sample: Sample, num_threads: int) -> NodePro
         session = Session(named, num_threads, optimized=folder / "run.onnx", profile=folder / "times")
         for _ in range(NUM_WARMUPS):
             session.run(sample)
-        end = time.monotonic() + ENOUGH_S
+        end = time.monotonic() + enough_s
         for done in range(MAX_RUNS):
             session.run(sample)
             if done + 1 >= MIN_RUNS and time.monotonic() > end:
@@ -101,12 +102,12 @@ def profile_nodes(model: OnnxModel, sample: Sample, num_threads: int) -> NodePro
     return NodeProfile(model.fingerprint, _shapes(sample), num_threads, machine()["cpu"], round(total_ms, 6), times)
 
 
-def median_ms(session: Session, values: Sample) -> float:
+def median_ms(session: Session, values: Sample, enough_s: float) -> float:
     """Of a run, after warming up."""
     for _ in range(NUM_WARMUPS):
         session.run(values)
     times: list[float] = []
-    end = time.monotonic() + ENOUGH_S
+    end = time.monotonic() + enough_s
     while len(times) < MIN_RUNS or (len(times) < MAX_RUNS and time.monotonic() < end):
         begin = time.perf_counter()
         session.run(values)
