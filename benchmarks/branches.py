@@ -27,11 +27,12 @@ from virtual_device import VirtualDevice
 from virtual_link import VirtualLink
 from virtual_text import Text
 
+from edgecloud.cost import MAX_IN_FLIGHT
 from edgecloud.edge.controller import Controller
 from edgecloud.edge.estimates import MAX_POSITION, AcceptanceEstimate, Estimates
 from edgecloud.edge.patience import EstimatedPatience
 from edgecloud.edge.pilot import Pilot, Step
-from edgecloud.edge.plan import MAX_IN_FLIGHT, Fixed, Plan, Planner
+from edgecloud.edge.plan import Fixed, Plan, Planner
 from edgecloud.edge.retry import Retry, Timeout
 from edgecloud.types import Round
 
