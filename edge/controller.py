@@ -5,7 +5,7 @@ A pure function of what was observed and of what it chose last, so that it runs 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from edgecloud.cost import COST_SLOWDOWN, MAX_IN_FLIGHT, Price, flights_worth, overlapped
 from edgecloud.edge.estimates import Estimates
@@ -43,7 +43,8 @@ class Controller:
         self._estimates = estimates
         self._objective = objective
         self.max_draft_tokens = max_draft_tokens
-        self._chosen: Plan | None = None
+        self._chosen: Plan | None = None  # as among the arms
+        self._given = Plan("cloud", 0)  # that, with as many drafts on their way as can come true
         self._planned_for = -1
         self._mode_since_s = 0.0
 
@@ -55,7 +56,16 @@ class Controller:
             if self._chosen is None or chosen.mode != self._chosen.mode:
                 self._mode_since_s = now_s
             self._chosen = chosen
-        return self._chosen
+            self._given = self._without_vain_drafts(chosen)
+        return self._given
+
+    def _without_vain_drafts(self, plan: Plan) -> Plan:
+        """Further drafts on their way would not change its price, and cost energy."""
+        if plan.mode == "cloud":
+            return plan
+        survival = self._estimates.acceptance.survival(DRAFT_LENGTHS[-1])
+        worth = flights_worth(survival, plan.num_draft_tokens, plan.num_first_tokens)
+        return replace(plan, max_in_flight=min(plan.max_in_flight, worth))
 
     def arms(self, now_s: float, context_tokens: int) -> list[Arm]:
         """Every plan that may be chosen; the stream is the first."""
@@ -71,8 +81,7 @@ class Controller:
             for first in sorted({SHORT_FIRST, length}):
                 opening = first, pass_ms[first]
                 price = overlapped(survival, length, step_ms, rtt_ms, pass_ms[length], MAX_IN_FLIGHT, queue_ms, opening)
-                flights = min(MAX_IN_FLIGHT, flights_worth(survival, length, first))  # more would be drafted in vain
-                arms.append(Arm(Plan("speculative", length, flights, num_first_tokens=first), price))
+                arms.append(Arm(Plan("speculative", length, MAX_IN_FLIGHT, num_first_tokens=first), price))
         return arms
 
     def _rtt_ms(self, now_s: float) -> float:
@@ -91,7 +100,7 @@ class Controller:
             a for a in arms if self._objective != "cost" or a.price.ms_per_token <= COST_SLOWDOWN * stream.price.ms_per_token
         ]
         best = min(allowed, key=self._loss)
-        present = next((arm for arm in allowed if self._chosen is not None and same_way(arm.plan, self._chosen)), None)
+        present = next((arm for arm in allowed if arm.plan == self._chosen), None)
         if present is None or best is present:
             return best.plan
         if best.plan.mode != present.plan.mode:
@@ -110,8 +119,3 @@ class Controller:
                 return arm.price.ms_per_token * arm.price.passes_per_token
             case _:
                 return arm.price.ms_per_token
-
-
-def same_way(a: Plan, b: Plan) -> bool:
-    """Whether they differ in nothing but how far the device drafts ahead, which goes with what is known of the acceptance."""
-    return (a.mode, a.num_draft_tokens, a.num_first_tokens) == (b.mode, b.num_draft_tokens, b.num_first_tokens)
