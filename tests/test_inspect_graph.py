@@ -181,6 +181,7 @@ def test_worse_than_recorded_is_exit_code_1(bundle: Path, made: Path, told: Told
     assert (code, found["passed"]) == (1, False)
     worse = {finding["what"] for finding in found["findings"] if not finding["passed"]}
     assert {f"{lossy}: max error", f"{lossy}: loss"} <= worse
+    assert any("depends on the samples" in note for note in found["notes"])
 
 
 @pytest.mark.parametrize("by", [2.0, 1 + 1e-6])
