@@ -116,21 +116,29 @@ class Accuracy:
                 worst = Damage(max(worst.max_error, damage.max_error), max(worst.loss, damage.loss))
         return worst
 
-    def require_same_nodes(self, halves: Halves) -> None:
+    @property
+    def largest(self) -> float:
+        """The largest finite absolute value of an output: what a rounding error is small against."""
+        values = [np.abs(value.astype(np.float64)) for outputs in self._expected for value in outputs.values()]
+        return max(float(value.max(initial=0.0, where=np.isfinite(value))) for value in values)
+
+    def changed_outputs(self, halves: Halves) -> list[str]:
         """Without the runtime's optimizations every node is computed as in the whole: the halves must give the same bits.
 
-        Raises:
-            ModelError: they do not, so the cut itself is wrong.
+        -> outputs that do not, so the cut itself is wrong
         """
         whole = Session(self._model.proto, self._num_threads, level=NONE).run(self._samples[0])
         front = None if halves.edge is None else Session(halves.edge, self._num_threads, level=NONE)
         tail = None if halves.cloud is None else Session(halves.cloud, self._num_threads, level=NONE)
         found = run_halves(halves, front, tail, self._samples[0], {})
-        for name, value in whole.items():
-            if not same_bits(value, found[name]):
-                raise ModelError(
-                    f"{self._model.path}: output {name!r} changes when the graph is cut at {halves.boundary}; report this model"
-                )
+        return [name for name, value in whole.items() if not same_bits(value, found[name])]
+
+    def require_same_nodes(self, halves: Halves) -> None:
+        """Raises ModelError if there are `changed_outputs`."""
+        if changed := self.changed_outputs(halves):
+            raise ModelError(
+                f"{self._model.path}: output {changed[0]!r} changes when the graph is cut at {halves.boundary}; report this model"
+            )
 
 
 def run_halves(

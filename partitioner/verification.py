@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,42 +11,13 @@ from edgecloud.bundle import Bundle
 from edgecloud.errors import BundleError
 from edgecloud.partitioner import check
 from edgecloud.partitioner.export import export_graph
+from edgecloud.partitioner.findings import ERROR_TOLERANCE, Finding, Verification
 from edgecloud.partitioner.front_check import measure_front_quality, open_front
 from edgecloud.partitioner.model_folder import ModelFolder
 from edgecloud.partitioner.report import Remark
 from edgecloud.partitioner.tokenizer_match import require_same_tokenizer
 
 AGREEMENT_TOLERANCE = 0.03  # absolute: kernels of another CPU round otherwise, and a near tie turns the rest of an answer
-ERROR_TOLERANCE = 1.25  # times what is recorded
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One figure, as recorded and as measured now."""
-
-    what: str
-    recorded: float | None  # None: the bundle does not say
-    measured: float
-    limit: float | None  # the worst that still passes
-    passed: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Verification:
-    """All of them."""
-
-    bundle: str
-    findings: list[Finding]
-    notes: list[str]  # what was not measured, and why
-
-    @property
-    def passed(self) -> bool:
-        """Whether nothing is worse than recorded, beyond the tolerances."""
-        return all(finding.passed for finding in self.findings)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The object that `edgecloud verify --json` prints."""
-        return {**asdict(self), "passed": self.passed}
 
 
 def verify_bundle(path: Path, *, remark: Remark = lambda _: None) -> Verification:

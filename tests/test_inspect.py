@@ -139,3 +139,9 @@ def test_a_changed_file_ends_a_verification(bundle: Path, told: Told) -> None:
     code, _, remarks = told("verify", bundle)
     assert code == 1
     assert "SHA-256" in remarks
+
+
+def test_inputs_are_for_graph_bundles(tiny_pair: Pair, told: Told) -> None:
+    code, _, remarks = told("verify", tiny_pair.bundle, "--inputs", "sample.npz")
+    assert code == 2
+    assert "--inputs sample.npz is for graph bundles" in remarks

@@ -10,7 +10,10 @@ import typer
 from rich.table import Table
 
 from edgecloud.cli.app import app
+from edgecloud.cli.graph_tables import cuts_table, graph_table
 from edgecloud.cli.output import JsonFlag, print_json, table_console
+from edgecloud.manifest import bundle_kind
+from edgecloud.partitioner.graph_inspection import GraphInspection, inspect_graph_bundle
 
 if TYPE_CHECKING:
     from edgecloud.partitioner.inspection import GraphContents, Inspection, Products
@@ -22,20 +25,28 @@ def inspect(
     json: JsonFlag = False,
 ) -> None:
     """Say what a bundle holds and what a device needs to run it, and check every file's hash. Exit code 1 if one is wrong."""
-    from edgecloud.partitioner import extra_installed
-
-    with extra_installed():
-        from edgecloud.partitioner.inspection import inspect_bundle
-
-    found = inspect_bundle(bundle)
+    found = _inspect(bundle)
     if json:
         print_json(found.to_dict())
+    elif isinstance(found, GraphInspection):
+        table_console().print(graph_table(found), cuts_table(found))
     else:
         table_console().print(contents_table(found))
     for problem in found.problems:
         sys.stderr.write(f"error: {problem}\n")
     if found.problems:
         raise typer.Exit(1)
+
+
+def _inspect(bundle: Path) -> Inspection | GraphInspection:
+    if bundle_kind(bundle) == "graph":
+        return inspect_graph_bundle(bundle)
+    from edgecloud.partitioner import extra_installed
+
+    with extra_installed():
+        from edgecloud.partitioner.inspection import inspect_bundle
+
+    return inspect_bundle(bundle)
 
 
 def contents_table(found: Inspection) -> Table:
