@@ -5,7 +5,6 @@ A pure function of what was observed and of what it chose last, so that it runs 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -55,7 +54,7 @@ class GraphController:
         self._needs_cloud = {cut.name: cut.cloud is not None for cut in cuts}
         self._estimates = estimates
         self._present = chosen
-        self._begun_s: float | None = None  # the first call
+        self._is_first = True
         self._aged_s = {True: AGED_S, False: AGED_S}  # by whether it is the cloud that is to be tried again
 
     def choose(self, now_s: float, size: float, allowed: Collection[str]) -> Choice:
@@ -65,18 +64,15 @@ class GraphController:
         present = next((price for price in prices if price.cut == self._present), None)
         if present is not None and best.total_ms > OTHER_CUT * present.total_ms:
             best = present
-        trial = None if self._begun_s is None else self._trial(best, now_s, size, allowed, self._begun_s)
-        self._begun_s = now_s if self._begun_s is None else self._begun_s
+        trial = None if self._is_first else self._trial(best, now_s, size, allowed)
+        self._is_first = False
         if trial is not None:
             return Choice(trial, is_trial=True)
         self._present = best.cut
         return Choice(best)
 
-    def _trial(self, best: Price, now_s: float, size: float, allowed: Collection[str], begun_s: float) -> Price | None:
-        """While the device does it all the cloud may have become faster, and the other way round.
-
-        What was never seen waits the longer the more its trial is expected to cost, so trials take a small share of the time.
-        """
+    def _trial(self, best: Price, now_s: float, size: float, allowed: Collection[str]) -> Price | None:
+        """While the device does it all the cloud may have become faster, and the other way round."""
         cloud_idle = not self._needs_cloud[best.cut]
         seen_s = self._estimates.asked_s if cloud_idle else self._estimates.alone_s
         if now_s - seen_s <= self._aged_s[cloud_idle]:
@@ -85,12 +81,7 @@ class GraphController:
         hopeful = [self.price(name, size, now_s, hopeful=True) for name in others]
         worth_it = [price for price in hopeful if price.total_ms < WORTH * best.total_ms]
         # the one that sends least: if the link is bad after all, it costs least to learn it, and the others' prices follow
-        trial = min(worth_it, key=lambda price: self._estimates.uplink_bytes[price.cut], default=None)
-        if trial is not None and seen_s == -math.inf:
-            times_best = self.price(trial.cut, size, now_s).total_ms / best.total_ms
-            if now_s - begun_s < min(LONGEST_AGED_S, AGED_S * (times_best - 1)):
-                return None
-        return trial
+        return min(worth_it, key=lambda price: self._estimates.uplink_bytes[price.cut], default=None)
 
     def tried(self, choice: Choice, elapsed_ms: float, size: float, now_s: float) -> None:
         """A trial took this long: the next one comes soon if it was worth it, later if not."""

@@ -126,7 +126,7 @@ def test_a_device_that_throttles_hands_over_and_takes_back() -> None:
     world = World(up_mbit=4, rtt_ms=40)
     assert world.calls(10) == "edge"
     world.device = 4
-    assert world.calls(20) == "cloud" or world.taken[-1] == "cut-1"
+    assert world.calls(10) == "cloud" or world.taken[-1] == "cut-1"
     world.device = 1
     world.calls(int(3 * AGED_S / world.pause_s))
     assert world.calls(10) == "edge"
@@ -167,18 +167,6 @@ def test_times_grow_with_the_inputs() -> None:
     assert small.cut == "edge"  # a round trip is more than it takes alone
     assert large.cut != "edge"
     assert large.edge_ms + large.cloud_ms > small.edge_ms
-
-
-def test_a_first_trial_that_may_cost_much_waits() -> None:
-    """The link is bad, which nobody knows: 200 kB are not risked at the second call."""
-    world = World(rtt_ms=5, up_mbit=1, device=0.5)
-    world.known.edge.add("edge", 50.0, 0.0)
-    begun_s = world.now_s
-    while world.now_s < begun_s + 2 * AGED_S:
-        assert world.call() == "edge"
-    while world.now_s < begun_s + LONGEST_AGED_S + 2:
-        world.call()
-    assert 1 <= sum(name != "edge" for name in world.taken) <= 3
 
 
 def test_what_one_cut_takes_tells_of_the_others() -> None:
