@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -32,7 +33,7 @@ class TensorFact:
     @property
     def num_bytes(self) -> int:
         """Of its elements."""
-        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize if self.can_travel else 0
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize if self.can_travel else 0
 
     def info(self, name: str) -> TensorInfo:
         """As a bundle says it."""
