@@ -130,7 +130,7 @@ def test_a_cut_is_measured_planned_with_and_comes_out_of_the_cache(
     words = ["--cut", str(front["cut"]), "--front-precision", front["precision"], "--boundary", "float16"]
     again, said = partition(str(tiny), "-o", str(tmp_path / "b"), *words, *common)
     assert said.count("it was in the cache") == 2  # draft and front
-    assert not any(step in said for step in ("fp32", "answers", "agreement"))
+    assert not any(step in said for step in ("layers in fp32", "answers", "agreement"))
     assert again["front"]["codec"] == "float16"
     assert again["front"]["quality"] == front["codecs"]["float16"]
     for name in ("model.onnx", "model.onnx.data"):
