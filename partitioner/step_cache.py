@@ -36,9 +36,12 @@ def step_key(parts: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(dict(parts), sort_keys=True).encode()).hexdigest()[:32]
 
 
-def cached_step(cache: Path | None, parts: Mapping[str, object], destination: Path, make: Callable[[Path], object]) -> bool:
+def cached_step(
+    cache: Path | None, parts: Mapping[str, object], destination: Path, make: Callable[[Path], object], *, linked: bool = True
+) -> bool:
     """Fill `destination`, a folder that is not there yet, from the cache, or by `make`, and keep it.  -> whether it was there
 
+    Files are second names of those in the cache, unless `linked` is False: onnx loads no weights from a file with two names.
     Runs at the same time wait for one another. Without a cache `make` fills `destination` itself. Raises OSError, and what
     `make` raises.
     """
@@ -53,7 +56,7 @@ def cached_step(cache: Path | None, parts: Mapping[str, object], destination: Pa
                 make(partial / "content")
                 _write_manifest(partial, parts)
         os.utime(folder)
-        _link_tree(folder / "content", destination)
+        _fill(folder / "content", destination, link_or_copy if linked else shutil.copyfile)
     _forget_old(folder.parent, keep=folder)
     return found
 
@@ -72,14 +75,14 @@ def _whole(folder: Path) -> bool:
         return False
 
 
-def _link_tree(source: Path, destination: Path) -> None:
+def _fill(source: Path, destination: Path, put: Callable[[Path, Path], object]) -> None:
     for path in sorted(source.rglob("*")):
         to = destination / path.relative_to(source)
         if path.is_dir():
             to.mkdir(parents=True, exist_ok=True)
         else:
             to.parent.mkdir(parents=True, exist_ok=True)
-            link_or_copy(path, to)
+            put(path, to)
 
 
 def _forget_old(steps: Path, keep: Path) -> None:

@@ -39,7 +39,7 @@ def cached_front_layers(cache: Path | None, model: ModelFolder, fingerprint: str
         front.export_front(model, cut, made)
 
     parts = {"step": "front layers", "model": fingerprint, "cut": cut, "code": sha256_file(Path(front.__file__)), **_builder()}
-    return cached_step(cache, parts, folder, make)
+    return cached_step(cache, parts, folder, make, linked=False)
 
 
 def cached_front(
