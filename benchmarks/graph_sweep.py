@@ -27,7 +27,7 @@ from edgecloud.graph_bundle import GraphBundle
 from edgecloud.inference import InferenceReply
 from edgecloud.links import Link
 from edgecloud.partitioner.graph_partition import partition_graph
-from edgecloud.partitioner.graph_plan import cost_ms
+from edgecloud.partitioner.graph_plan import cheapest, cost_ms
 from edgecloud.partitioner.graph_prepare import prepare
 from edgecloud.partitioner.graph_request import GraphRequest
 from edgecloud.partitioner.link_spec import LinkSpec
@@ -109,7 +109,7 @@ def cell(
     cuts = [cut.name for cut in bundle.cuts]
     predicted = {cut.name: round(cost_ms(cut, request, link), 2) for cut in bundle.cuts}
     measured = {arm: round(statistics.median(values), 2) for arm, values in times.items()}
-    chosen = min(cuts, key=lambda name: predicted[name])
+    chosen = cheapest(bundle.cuts, request, link)
     return {
         "link": str(link),
         "chosen": chosen,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from edgecloud.partitioner.samples import Sample
 MAX_CUTS = 6  # in a bundle, edge only and cloud only among them
 SWEEP_MBPS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 SWEEP_RTT_MS = (5.0, 20.0, 50.0, 100.0, 200.0)
+CLEARLY = 0.95  # of what the device takes alone: times are not known better, and a cloud can be away
 MIN_ROUNDS, MAX_ROUNDS = 5, 30  # of timing all halves in turn
 
 
@@ -60,11 +62,18 @@ def make_plan(prepared: Prepared, remark: Remark) -> Plan:
     remark(f"timing {len(candidates)} cuts")
     times = _time(prepared, candidates)
     infos = {name: _info(prepared, name, candidate, *times[name]) for name, candidate in candidates.items()}
-    chosen = min(infos, key=lambda name: cost_ms(infos[name], request))
+    chosen = cheapest(list(infos.values()), request)
     if chosen not in ("edge", "cloud"):  # it lies where everyone looks first
         infos[chosen] = replace(infos[chosen], edge="edge/edge.onnx", cloud="cloud/cloud.onnx")
     cuts = [(infos[name], candidates[name]) for name in candidates]
     return Plan(cuts, chosen, first.proven, first.bound / NS, _regions(list(infos.values()), request))
+
+
+def cheapest(cuts: Sequence[CutInfo], request: GraphRequest, link: LinkSpec | None = None) -> str:
+    """The name of the cut to take: the device alone, unless another one is clearly cheaper."""
+    costs = {cut.name: cost_ms(cut, request, link) for cut in cuts}
+    best = min(costs, key=costs.__getitem__)
+    return "edge" if costs.get("edge", math.inf) * CLEARLY <= costs[best] else best
 
 
 def cost_ms(cut: CutInfo, request: GraphRequest, link: LinkSpec | None = None) -> float:
@@ -166,9 +175,9 @@ def _regions(cuts: Sequence[CutInfo], request: GraphRequest) -> list[Region]:
     for rtt_ms in SWEEP_RTT_MS:
         for mbps in SWEEP_MBPS:
             link = request.link.scaled(mbps, rtt_ms)
-            costs = {cut.name: cost_ms(cut, request, link) for cut in cuts}
-            best = min(costs, key=lambda name: costs[name])
-            found.append(Region(link.up_mbps or 0.0, link.down_mbps or 0.0, rtt_ms, best, round(costs[best], 3)))
+            best = cheapest(cuts, request, link)
+            best_ms = cost_ms(next(cut for cut in cuts if cut.name == best), request, link)
+            found.append(Region(link.up_mbps or 0.0, link.down_mbps or 0.0, rtt_ms, best, round(best_ms, 3)))
     return found
 
 
