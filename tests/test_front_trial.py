@@ -33,7 +33,7 @@ def tried_on(agreement: dict[str, float], objective: PlanObjective = "privacy") 
     measured: list[Candidate] = []
 
     def searched(tried: Sequence[Loss]) -> Search:
-        return search(scene(losses=Losses(tried=tuple(tried))), LINK, objective, Constraints(max_loss=1.0))
+        return search(scene(100.0, 1.0, losses=Losses(tried=tuple(tried))), LINK, objective, Constraints(max_loss=1.0))
 
     def measure(candidate: Candidate) -> list[Loss]:
         measured.append(candidate)
