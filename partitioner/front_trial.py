@@ -22,13 +22,17 @@ def try_fronts(
 ) -> list[Loss]:
     """Measure the fronts that would win if their loss were allowed, the best first, until one of them is allowed.
 
-    Weights that lost too much are tried again at half the depth at most. `searched` judges every plan with the losses so far, as if
+    Weights that lost too much are tried again at half the depth at most; the last try is a safe one, int8 at a third of the
+    layers at most. `searched` judges every plan with the losses so far, as if
     any loss were allowed; `measure` exports a candidate's front and holds it against the target, with every boundary.
     """
     tried: list[Loss] = []
     deepest: dict[FrontWeights | None, int] = {}  # that is worth trying, by weights
-    for _ in range(MAX_FRONTS):
-        wanted = _wanted(searched(tried).judged, deepest, max_loss)
+    for number in range(1, MAX_FRONTS + 1):
+        judged = searched(tried).judged
+        if number == MAX_FRONTS:
+            judged = [one for one in judged if one.candidate.mode != "split" or _is_safe(one.candidate, judged)]
+        wanted = _wanted(judged, deepest, max_loss)
         if wanted is None:
             break
         found = measure(wanted)
@@ -50,6 +54,11 @@ def _wanted(judged: Sequence[Judged], deepest: dict[FrontWeights | None, int], m
         if candidate.mode == "split" and loss is None and candidate.cut <= deepest.get(candidate.front, candidate.cut):
             return candidate
     return None
+
+
+def _is_safe(candidate: Candidate, judged: Sequence[Judged]) -> bool:
+    deepest = max(one.candidate.cut for one in judged)
+    return candidate.front == "int8" and candidate.cut <= max(1, (deepest + 1) // 3)
 
 
 def measure_candidate(candidate: Candidate, reference: Reference, cache: Path | None, remark: Remark) -> list[Loss]:

@@ -68,6 +68,14 @@ def test_a_few_fronts_are_measured_the_best_first_and_none_that_could_not_win(
         assert all(2 * one.cut <= other.cut for other in before)
 
 
+def test_the_last_try_is_a_safe_one() -> None:
+    measured, _, first = tried_on({"int4": 0.0, "int8": 0.0})
+    deepest = max(one.candidate.cut for one in first.judged)
+    assert len(measured) == MAX_FRONTS
+    assert measured[-1].front == "int8"
+    assert 3 * measured[-1].cut <= deepest + 1
+
+
 def test_nothing_is_measured_where_no_split_could_win() -> None:
     near = scene(cloud_gb=1000)
     found = try_fronts(

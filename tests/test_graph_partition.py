@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from edgecloud.graph_bundle import GraphBundle
 from edgecloud.partitioner.boundary import through
 from edgecloud.partitioner.fetch import GRAPH, model_path
 from edgecloud.partitioner.graph_partition import partition_graph
+from edgecloud.partitioner.graph_plan import cheapest
 from edgecloud.partitioner.graph_request import GraphRequest
 from edgecloud.partitioner.link_spec import LinkSpec
 from edgecloud.partitioner.onnx_model import load_model
@@ -91,8 +93,7 @@ def test_a_bundle_holds_cuts_that_compute_the_whole(folder: Path, tmp_path: Path
     bundle.verify_files("edge")
     bundle.verify_files("cloud")
     assert bundle.chosen == report.chosen
-    assert bundle.chosen.startswith("cut-")  # the picture is large, the device slow, the link slower
-    assert bundle.cut(bundle.chosen).edge == "edge/edge.onnx"
+    assert bundle.chosen == cheapest(bundle.cuts, request(folder, tmp_path))
     assert {cut.name for cut in bundle.cuts} >= {"edge", "cloud"}
     assert bundle.graph.inputs[0].shape == ["batch", 3, "height", "width"]
     sample = dict(np.load(folder / "sample.npz"))
@@ -100,6 +101,26 @@ def test_a_bundle_holds_cuts_that_compute_the_whole(folder: Path, tmp_path: Path
     for cut in bundle.cuts:
         assert np.array_equal(run_cut(bundle, cut.name, sample)["scores"], whole)
         assert (cut.loss, cut.max_error) == (0, 0)
+
+
+def test_the_chosen_cut_lies_where_everyone_looks_first(folder: Path, tmp_path: Path) -> None:
+    partition_graph(request(folder, tmp_path / "bundle", pins={"classify": False}))  # the picture is large, the link slow
+    bundle = GraphBundle.open(tmp_path / "bundle")
+    assert bundle.chosen.startswith("cut-")
+    chosen = bundle.cut(bundle.chosen)
+    assert (chosen.edge, chosen.cloud) == ("edge/edge.onnx", "cloud/cloud.onnx")
+
+
+def test_the_device_alone_is_taken_where_a_cut_is_hardly_better(folder: Path, tmp_path: Path) -> None:
+    partition_graph(request(folder, tmp_path / "bundle"))
+    bundle, wanted = GraphBundle.open(tmp_path / "bundle"), request(folder, tmp_path)
+    alone = bundle.cut("edge")
+    hardly, clearly = (
+        replace(alone, name=name, edge_ms=share * alone.edge_ms) for name, share in (("cut-8", 0.96), ("cut-9", 0.94))
+    )
+    assert cheapest([alone, hardly], wanted) == "edge"
+    assert cheapest([alone, hardly, clearly], wanted) == "cut-9"
+    assert cheapest([hardly, clearly], wanted) == "cut-9"
 
 
 def test_a_cut_runs_on_other_shapes(folder: Path, tmp_path: Path) -> None:
