@@ -31,7 +31,7 @@ def try_fronts(
     for number in range(1, MAX_FRONTS + 1):
         judged = searched(tried).judged
         if number == MAX_FRONTS:
-            judged = [one for one in judged if one.candidate.mode != "split" or _is_safe(one.candidate, judged)]
+            judged = tuple(one for one in judged if one.candidate.mode != "split" or _is_safe(one.candidate, judged))
         wanted = _wanted(judged, deepest, max_loss)
         if wanted is None:
             break

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -217,7 +217,8 @@ def _choices(estimates: Estimates, context_tokens: int, max_draft_tokens: int) -
     for objective in get_args(Objective):
         controller = Controller(estimates, objective, max_draft_tokens)
         plan = controller.plan(0.0, context_tokens)
-        price = next(arm.price for arm in controller.arms(0.0, context_tokens) if arm.plan == plan)
+        arms = controller.arms(0.0, context_tokens)
+        price = next(arm.price for arm in arms if replace(arm.plan, max_in_flight=plan.max_in_flight) == plan)
         choices.append(Choice(objective, plan.mode, plan.num_draft_tokens, price.ms_per_token, price.passes_per_token))
     return choices
 
