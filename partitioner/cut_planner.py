@@ -101,7 +101,7 @@ class CutPlanner:
             up=Costs(zeros, zeros, tuple(sent), none),
             cloud=Costs(zeros, self.cloud_ns, tuple(decoded), none),
             down=Costs(zeros, zeros, none, tuple(back)),
-            round_trip=round(NS * link.rtt_ms),
+            round_trip=round(NS * link.call_ms),
         )
         return Problem(self.dag, stages, self.objective, self.max_ram_bytes, frozenset(self._forbidden))
 

@@ -82,7 +82,7 @@ def cost_ms(cut: CutInfo, request: GraphRequest, link: LinkSpec | None = None) -
     up_ms, down_ms = link.up_ms(cut.boundary_bytes), link.down_ms(cut.output_bytes)
     if request.objective == "throughput":
         return max(cut.edge_ms + cut.codec_ms, up_ms, cut.cloud_ms, down_ms)
-    return cut.edge_ms + cut.codec_ms + up_ms + cut.cloud_ms + down_ms + (link.rtt_ms if cut.cloud is not None else 0.0)
+    return cut.edge_ms + cut.codec_ms + up_ms + cut.cloud_ms + down_ms + (link.call_ms if cut.cloud is not None else 0.0)
 
 
 def _select(prepared: Prepared, first: Choice, others: Sequence[Candidate]) -> dict[str, Candidate]:

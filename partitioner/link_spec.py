@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from edgecloud.errors import ConfigError
 
+SERVICE_MS = 2.0  # a call's way through gRPC on both sides and to the engine (benchmarks/front_end.py)
+
 
 @dataclass(frozen=True, slots=True)
 class LinkSpec:
@@ -23,6 +25,11 @@ class LinkSpec:
                 raise ConfigError(f"a link with {name}={mbps:g}mbit cannot be; give a positive rate")
         if not 0 <= self.rtt_ms < math.inf:
             raise ConfigError(f"a link with rtt={self.rtt_ms:g}ms cannot be; give 0ms or more")
+
+    @property
+    def call_ms(self) -> float:
+        """What any call takes, however little it sends and asks for."""
+        return self.rtt_ms + SERVICE_MS
 
     def up_ms(self, num_bytes: int) -> float:
         """Time on the line, device to cloud."""
