@@ -23,6 +23,7 @@ MEMORY_TOKENS = 200.0  # after so many tokens an observation counts 1/e
 SETTLED = 8  # observations after which a mean that moves means a change
 SHARED = 0.6  # of a pass's change, in the exponent, that passes of other sizes are taken to share
 SMALL_BYTES = 2048  # a request that takes no time on the line worth knowing
+FEWEST_PREFILLED = 16  # tokens read at once that say what one of a prompt takes
 USUAL_TOKENS = 2000.0  # what is usual follows this slowly
 ALARM_TOKENS, ALARM_SHARE = 64, 0.25  # of its usual acceptance, for so long: a stale draft
 
@@ -186,10 +187,16 @@ class DeviceEstimate:
     def __init__(self) -> None:
         self._step = Smoothed()
         self._front_row = Smoothed()
+        self._prefill = Smoothed()
 
     def drafted(self, elapsed_ms: float) -> None:
         """A single step took this long."""
         self._step.add(elapsed_ms)
+
+    def prefilled(self, num_tokens: int, elapsed_ms: float) -> None:
+        """The draft model read so many tokens at once."""
+        if num_tokens >= FEWEST_PREFILLED:
+            self._prefill.add(elapsed_ms / num_tokens)
 
     def fronted(self, num_rows: int, elapsed_ms: float) -> None:
         """The front took this long for so many rows."""
@@ -200,6 +207,11 @@ class DeviceEstimate:
     def step_ms(self) -> float | None:
         """One drafted token; None: not seen yet."""
         return self._step.mean
+
+    @property
+    def prefill_ms(self) -> float | None:
+        """A token of a prompt in the draft model; None: not seen yet."""
+        return self._prefill.mean
 
     @property
     def front_row_ms(self) -> float | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,19 @@ PREFILL_CHUNK_TOKENS = 128
 class DraftModel:
     """One token sequence at a time; the graph yields logits of the last position only.
 
+    `on_prefill` is told of every run over more than one token: how many, and the milliseconds it took.
+
     Raises:
         BundleError: the file is no graph of the form that edge/kv_graph.py runs.
     """
 
-    def __init__(self, path: Path, max_context_tokens: int, num_threads: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        max_context_tokens: int,
+        num_threads: int,
+        on_prefill: Callable[[int, float], None] = lambda num_tokens, elapsed_ms: None,
+    ) -> None:
         try:
             self._graph = KvGraph(path, max_context_tokens, PREFILL_CHUNK_TOKENS, num_threads)
             self.vocab_size = int(self._graph.output_shapes["logits"][-1])
@@ -31,6 +40,7 @@ class DraftModel:
         except Exception as error:  # onnxruntime's exceptions share no base class of their own
             raise BundleError(f"{path} is no draft model that this version can run: {error}") from error
         self.max_context_tokens = max_context_tokens
+        self._on_prefill = on_prefill
         self._tokens: list[int] = []  # whose keys and values are in the buffers
 
     @property
@@ -49,10 +59,13 @@ class DraftModel:
         if len(tokens) > self.max_context_tokens:
             raise ContextLengthError(f"{len(tokens)} tokens do not fit the draft model's window of {self.max_context_tokens}")
         self.crop_to(min(common_prefix(self._tokens, tokens), len(tokens) - 1))
+        num_new, started = len(tokens) - len(self._tokens), time.perf_counter()
         while (start := len(self._tokens)) < len(tokens):
             chunk = tokens[start : start + PREFILL_CHUNK_TOKENS]
             self._graph.run(self._known(chunk), start)
             self._tokens += chunk
+        if num_new > 1:
+            self._on_prefill(num_new, (time.perf_counter() - started) * 1e3)
         row: npt.NDArray[np.float32] = self._logits[0, 0]
         return row
 

@@ -455,7 +455,8 @@ class Client:
                 graph = self.bundle.file(self.bundle.draft.model)
                 window, num_threads = self._window(), self._num_threads
                 vocab_size = min(self.bundle.draft.vocab_size, self.bundle.target.vocab_size)
-                self._drafter = ModelDrafter(lambda: DraftModel(graph, window, num_threads), vocab_size)
+                prefilled = self._estimates.device.prefilled
+                self._drafter = ModelDrafter(lambda: DraftModel(graph, window, num_threads, prefilled), vocab_size)
             return self._drafter
 
 

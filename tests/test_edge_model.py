@@ -163,6 +163,18 @@ def test_ids_that_only_a_padded_target_has_are_read_as_some_other(graph: Path, f
     assert close(model.extend_to(tokens), fresh(tokens))
 
 
+def test_who_asks_is_told_what_a_prompt_takes_and_nothing_of_steps(graph: Path) -> None:
+    told: list[tuple[int, float]] = []
+    model = DraftModel(graph, WINDOW, 1, lambda num_tokens, elapsed_ms: told.append((num_tokens, elapsed_ms)))
+    tokens = random_tokens(20)
+    model.extend_to(tokens[:12])
+    model.extend_to(tokens[:13])
+    model.extend_to(tokens[:13])
+    model.extend_to(tokens)
+    assert [num_tokens for num_tokens, _ in told] == [12, 7]
+    assert all(elapsed_ms > 0 for _, elapsed_ms in told)
+
+
 # The drafter
 
 

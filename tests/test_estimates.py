@@ -69,3 +69,12 @@ def test_generations_side_by_side_may_feed_and_ask_at_once() -> None:
     with ThreadPoolExecutor(4) as threads:
         for done in [threads.submit(work, seed) for seed in range(4)]:
             done.result()
+
+
+def test_a_prompt_tells_what_a_token_of_it_takes_on_the_device_and_a_few_tokens_do_not() -> None:
+    device = Estimates.unknown().device
+    device.prefilled(4, 400.0)  # a step's fixed cost is most of it
+    assert device.prefill_ms is None
+    device.prefilled(100, 150.0)
+    device.prefilled(200, 300.0)
+    assert device.prefill_ms == pytest.approx(1.5)
