@@ -142,11 +142,17 @@ class Pair:
 
 @pytest.fixture(scope="session")
 def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """A tiny random target and itself in int4 as the draft: about a third of the drafts are accepted. Cut in the middle."""
-    folder = tmp_path_factory.mktemp("pair")
-    target = make_tiny_llama(folder / "target")
-    partition(check_inputs(str(target), folder / "bundle", draft=None, precision="int4", overwrite=False, cut=1))
-    return Pair(folder / "bundle", target)
+    """A tiny random target and itself in int4 as the draft: about a third of the drafts are accepted. Cut in the middle.
+
+    Made once for all workers of a run.
+    """
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "tiny-pair"
+    with alone_with(folder):
+        if not (folder / "bundle" / MANIFEST).is_file():
+            target = make_tiny_llama(folder / "target")
+            partition(check_inputs(str(target), folder / "bundle", draft=None, precision="int4", overwrite=False, cut=1))
+    return Pair(folder / "bundle", folder / "target")
 
 
 @pytest.fixture(scope="session")
