@@ -212,7 +212,7 @@ def ids_of(rounds: Iterator[Round]) -> list[int]:
     return [token for round_ in rounds for token in round_.token_ids]
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(
     shapes,
     prompts,
