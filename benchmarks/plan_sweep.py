@@ -25,6 +25,7 @@ from edgecloud.cli.plan_options import USUAL_MAX_LOSS, PlanOptions
 from edgecloud.client import Client
 from edgecloud.links import Link
 from edgecloud.partitioner.inputs import Inputs, check_inputs
+from edgecloud.partitioner.machine_profile import load_profile
 from edgecloud.partitioner.search import Judged, Search
 from edgecloud.processes import run_command
 from edgecloud.prompts import PROMPTS
@@ -44,14 +45,14 @@ class Sweep:
     bundle: Bundle
     fronts: Mapping[int, Bundle]  # by cut
     inputs: Inputs
-    profiles: tuple[Path, Path]  # of the device and the cloud
+    profiles: tuple[str, str]  # of the device and the cloud: files or names
     damage: Path
     prompt_tokens: int
     answer_tokens: int
 
     def plan(self, link: Link) -> Search:
         """What the dry run says of a link."""
-        device, cloud = map(str, self.profiles)
+        device, cloud = self.profiles
         rate = self.bundle.checks["agreement"]["acceptance_rate"]
         options = PlanOptions(
             device, cloud, f"{link.rtt_ms:g}ms@{link.up_mbps:g}mbit", "latency", keep_prompt=False, max_ram=None,
@@ -76,22 +77,29 @@ class Sweep:
         return {judged.candidate.short: judged for judged in (able[0], lossless, *others)}
 
 
+def measured_profiles(bundle: Bundle, address: str, folder: Path) -> tuple[str, str]:
+    """Taken here and now.  -> files of the device and the cloud"""
+    device, cloud = str(folder / "device.json"), str(folder / "cloud.json")
+    words = ["profile", str(bundle.path), "--threads", "1", "--cloud", address, "--save", device, "--save-cloud", cloud]
+    run_command(words)
+    return device, cloud
+
+
 def sweep_of(
-    bundle: Bundle, fronts: Sequence[Bundle], address: str, prompts: Sequence[int], num_tokens: int, folder: Path
+    bundle: Bundle, fronts: Sequence[Bundle], profiles: tuple[str, str], prompts: Sequence[int], num_tokens: int, folder: Path
 ) -> Sweep:
-    """Profiles are taken here and now; `prompts`: their tokens."""
-    device, cloud, damage = folder / "device.json", folder / "cloud.json", folder / "damage.json"
-    words = ["profile", str(bundle.path), "--threads", "1", "--cloud", address]
-    run_command([*words, "--save", str(device), "--save-cloud", str(cloud)])
-    damage.write_text(json.dumps([
-        {"cut": one.front.cut, "front": one.front.quantization, "codec": one.front.codec, "agreement": agreement}
-        for one in fronts
-        if one.front is not None and (agreement := one.checks["front"]["quality"]["agreement"]) is not None
-    ]), "utf-8")  # fmt: skip
+    """`prompts`: their tokens."""
+    by_cut, losses = {}, []
+    for one in fronts:
+        if (front := one.front) is not None:
+            by_cut[front.cut] = one
+            agreement = one.checks["front"]["quality"]["agreement"]
+            losses.append({"cut": front.cut, "front": front.quantization, "codec": front.codec, "agreement": agreement})
+    damage = folder / "damage.json"
+    damage.write_text(json.dumps(losses), "utf-8")
     precision: Any = bundle.draft.quantization
     inputs = check_inputs(str(bundle.target_folder), folder / "none", draft=None, precision=precision, overwrite=False)
-    by_cut = {one.front.cut: one for one in fronts if one.front is not None}
-    return Sweep(bundle, by_cut, inputs, (device, cloud), damage, round(statistics.median(prompts)), num_tokens)
+    return Sweep(bundle, by_cut, inputs, profiles, damage, round(statistics.median(prompts)), num_tokens)
 
 
 @contextmanager
@@ -126,9 +134,8 @@ def race(by_cut: Mapping[int, Client], arms: Mapping[str, Judged], kept: int, se
 
 def behind_best(runs: Runs, name: str, others: Sequence[str], what: str) -> float:
     """How many times what the best of the others takes: the worst median over the prompts that both answered."""
-    mine: list[float] = [getattr(run, what) for run in runs[name]]
-    theirs = ([getattr(run, what) for run in runs[other]] for other in others)
-    return max(statistics.median(a / b for a, b in zip(mine, times, strict=False)) for times in theirs)
+    times: dict[str, list[float]] = {one: [getattr(run, what) for run in runs[one]] for one in (name, *others)}
+    return max(statistics.median(a / b for a, b in zip(times[name], times[other], strict=False)) for other in others)
 
 
 def cell(link: Link, search: Search, arms: Mapping[str, Judged], runs: Runs) -> dict[str, Any]:
@@ -171,6 +178,7 @@ def summary(cells: Sequence[dict[str, Any]]) -> list[tuple[str, float, str, floa
 def main() -> None:
     parser = harness.arguments(__doc__, __file__)
     parser.add_argument("--fronts", type=Path, nargs="*", default=[], help="bundles of the same model, each with a front")
+    parser.add_argument("--profiles", nargs=2, metavar=("DEVICE", "CLOUD"), help="names or files; default: measured, a minute")
     parser.add_argument("--num-links", type=int, default=len(LINKS), help="so many, the fastest first")
     parser.add_argument("--seconds", type=float, default=50.0, help="for each link, and the turn that is under way")
     parser.add_argument("--num-tokens", type=int, default=32)
@@ -187,7 +195,8 @@ def main() -> None:
         stack.enter_context(harness.pinned(device_cpu))
         with Client(bundle.path, address) as client:
             prompts = [len(client.tokenizer.encode_chat([{"role": "user", "content": prompt}])) for prompt in PROMPTS]
-        sweep = sweep_of(bundle, fronts, address, prompts, options.num_tokens, folder)
+        profiles = tuple(options.profiles) if options.profiles else measured_profiles(bundle, address, folder)
+        sweep = sweep_of(bundle, fronts, profiles, prompts, options.num_tokens, folder)
         for link in LINKS[: options.num_links]:
             search = sweep.plan(link)
             arms = sweep.arms(search)
@@ -198,8 +207,8 @@ def main() -> None:
             cells.append(found)
             ratio = f"{found['chosen_to_best']:.3f}"
             harness.progress(f"{link.name}: chosen {found['chosen']}, best {found['best']}, {ratio}; {found['measured_ms']}")
-        profiles = [json.loads(path.read_text("utf-8")) for path in sweep.profiles]
-    harness.report(options.json_out, summary(cells), {"num_tokens": options.num_tokens, "profiles": profiles, "cells": cells})
+        machines = [json.loads(load_profile(profile).to_json()) for profile in profiles]
+    harness.report(options.json_out, summary(cells), {"num_tokens": options.num_tokens, "profiles": machines, "cells": cells})
 
 
 if __name__ == "__main__":
