@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from scipy import stats
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import special
+
+
+def upper_bounds(num_wrong: Sequence[int], num: Sequence[int], delta: float) -> list[float]:
+    """The rate behind each count is above its bound with probability delta at most.  -> 0 to 1; 1 where all are wrong"""
+    wrong, right = np.asarray(num_wrong, np.float64), np.asarray(num, np.float64) - num_wrong
+    bounds = special.betaincinv(wrong + 1, np.maximum(right, 1), 1.0 - delta)
+    return [float(bound) for bound in np.where(right > 0, bounds, 1.0)]
 
 
 def upper_bound(num_wrong: int, num: int, delta: float) -> float:
-    """The rate is above it with probability delta at most: the least rate whose test `rate <= r` would not reject.  -> 0 to 1"""
-    if num_wrong >= num:
-        return 1.0
-    return float(stats.beta.ppf(1.0 - delta, num_wrong + 1, num - num_wrong))
+    """Of one count."""
+    return upper_bounds([num_wrong], [num], delta)[0]
 
 
 def interval(num_wrong: int, num: int, delta: float) -> tuple[float, float]:
     """The rate lies outside with probability delta at most, half of it on either side."""
-    low = 0.0 if num_wrong == 0 else float(stats.beta.ppf(delta / 2, num_wrong, num - num_wrong + 1))
-    return low, upper_bound(num_wrong, num, delta / 2)
+    return 1.0 - upper_bound(num - num_wrong, num, delta / 2), upper_bound(num_wrong, num, delta / 2)

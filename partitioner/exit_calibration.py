@@ -17,7 +17,7 @@ import numpy.typing as npt
 from edgecloud.errors import ConfigError
 from edgecloud.exit_scores import Floats, scores
 from edgecloud.exits import RULES, ExitCurve, ExitInfo, ExitPoint, Exits, samples_to_begin
-from edgecloud.partitioner.binomial import upper_bound
+from edgecloud.partitioner.binomial import upper_bounds
 from edgecloud.partitioner.exit_samples import Labels
 from edgecloud.partitioner.samples import Array
 
@@ -81,13 +81,14 @@ def _points(sure: Floats, wrong: npt.NDArray[np.bool_], parts: Split, delta: flo
     planned = sure[parts.plan]
     known = np.sort(planned[np.isfinite(planned)])[::-1]
     ranks = [int(np.ceil(len(known) * number / NUM_POINTS)) - 1 for number in range(1, NUM_POINTS + 1)] if len(known) else []
-    points = []
-    for threshold in dict.fromkeys(float(known[rank]) for rank in ranks):  # strictest first, each once
-        planned_left, planned_wrong = _count(sure, wrong, parts.plan, threshold)
-        num_left, num_wrong = _count(sure, wrong, parts.count, threshold)
-        bound = upper_bound(num_wrong, num_left, delta)
-        points.append(ExitPoint(threshold, planned_left, planned_wrong, num_left, num_wrong, bound))
-    return points
+    thresholds = list(dict.fromkeys(float(known[rank]) for rank in ranks))  # strictest first, each once
+    planned_counts = [_count(sure, wrong, parts.plan, threshold) for threshold in thresholds]
+    counts = [_count(sure, wrong, parts.count, threshold) for threshold in thresholds]
+    bounds = upper_bounds([num_wrong for _, num_wrong in counts], [num_left for num_left, _ in counts], delta)
+    return [
+        ExitPoint(threshold, *planned, *counted, bound)
+        for threshold, planned, counted, bound in zip(thresholds, planned_counts, counts, bounds, strict=True)
+    ]
 
 
 def _count(sure: Floats, wrong: npt.NDArray[np.bool_], some: Indices, threshold: float) -> tuple[int, int]:

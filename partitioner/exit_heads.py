@@ -16,7 +16,7 @@ from torch.nn import functional
 
 Floats = npt.NDArray[np.float32]
 
-MAX_EPOCHS, PATIENCE = 400, 40
+MAX_EPOCHS, PATIENCE = 200, 20
 BATCH = 64
 LEARNING_RATE, WEIGHT_DECAY = 5e-3, 1e-2
 

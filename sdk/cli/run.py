@@ -110,8 +110,7 @@ def _show(reply: InferenceReply) -> None:
     from rich.table import Table
 
     metrics = reply.metrics
-    remark = reply.fell_back or (f"left at {reply.exit}, not verified" if reply.exit else "")
-    table = Table(title=f"{reply.cut}: {metrics.total_ms:.1f} ms" + (f" ({remark})" if remark else ""))
+    table = Table(title=f"{reply.cut}: {metrics.total_ms:.1f} ms" + (f" ({reply.fell_back})" if reply.fell_back else ""))
     table.add_column("output")
     table.add_column("type")
     table.add_column("shape")
@@ -119,6 +118,8 @@ def _show(reply: InferenceReply) -> None:
         table.add_row(name, str(array.dtype), " x ".join(map(str, array.shape)))
     console = table_console()
     console.print(table)
+    if reply.exit:
+        console.print(f"left at {reply.exit}, not verified", highlight=False)
     if metrics.num_attempts:
         link_ms = metrics.uplink_ms + metrics.downlink_ms
         console.print(
