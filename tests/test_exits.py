@@ -14,6 +14,7 @@ import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 import pytest
+import torch
 from cut_graphs import whole
 from graph_loopback import GraphLoopback, graph_loopback
 from graphs import small_network
@@ -40,6 +41,7 @@ from edgecloud.partitioner.exit_maker import ExitRequest, make_exits
 from edgecloud.partitioner.exit_metadata import read_exits
 from edgecloud.partitioner.exit_places import Places
 from edgecloud.partitioner.exit_report import ExitReport
+from edgecloud.partitioner.export_classifier import export_classifier
 from edgecloud.partitioner.graph_partition import partition_graph
 from edgecloud.partitioner.graph_request import GraphRequest
 from edgecloud.partitioner.onnx_model import load_model
@@ -264,6 +266,18 @@ def test_the_same_seed_gives_the_same_exits_and_labels_may_judge(made: Made, tmp
     report = make_exits(replace(request, output=tmp_path / "c.onnx", labels=tmp_path / "labels.npy"))
     assert report.judge == "labels"
     assert report.model_accuracy < 1.0 == made.report.model_accuracy
+
+
+def test_a_torch_module_becomes_a_classifier(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(WIDTH, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+    export_classifier(module, torch.zeros(1, WIDTH), tmp_path / "m.onnx")
+    x = draw(0, 7)[0]
+    found = whole(load_model(tmp_path / "m.onnx").proto, {"input": x})
+    assert np.allclose(found["scores"], module(torch.from_numpy(x)).detach().numpy(), atol=1e-5)
+    assert module.training  # as it was
+    with pytest.raises(ModelError, match="cannot be exported"):
+        export_classifier(module, torch.zeros(1, WIDTH + 1), tmp_path / "n.onnx")
 
 
 # Running
