@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -353,7 +354,7 @@ def test_the_deepest_exit_that_keeps_the_risk_decides(made: Made) -> None:
 # Bundles
 
 
-def test_exits_can_be_calibrated_anew_in_a_bundle(made: Made, tmp_path: Path) -> None:
+def test_exits_can_be_calibrated_anew_in_a_bundle(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     partition_graph(
         GraphRequest(made.folder / "exits.onnx", tmp_path / "b", (made.folder / "one.npz",), timing_s=0.0, num_threads=1)
     )
@@ -362,6 +363,8 @@ def test_exits_can_be_calibrated_anew_in_a_bundle(made: Made, tmp_path: Path) ->
     assert make_exits(request).num_samples == 490
     bundle = GraphBundle.open(tmp_path / "b")
     bundle.verify_files("edge")
+    assert run_command(["inspect", str(tmp_path / "b")]) == 0
+    assert "exit-1 after h1" in capsys.readouterr().out
     assert bundle.exits is not None
     assert (bundle.exits.rule, bundle.exits.num_samples) == ("margin", 490)
     assert [head.tensor for head in bundle.exits.heads] == [head.tensor for head in made.exits.heads]
@@ -454,6 +457,21 @@ def test_the_commands_do_it_too(made: Made, server: GraphLoopback, tmp_path: Pat
     assert run_command([*words, "--at", "h1", "--risk", "0.1", "--threads", "1", "--overwrite"]) == 0
     assert "exit-1 is after h1" in capsys.readouterr().out
     assert run_command(words) == 2  # it is there
+    shutil.copytree(made.bundle.path, tmp_path / "b")
+    words = [
+        "calibrate",
+        str(tmp_path / "b"),
+        "--inputs",
+        str(tmp_path / "samples.npz"),
+        "--risk",
+        "0.1",
+        "--threads",
+        "1",
+        "--json",
+    ]
+    capsys.readouterr()
+    assert run_command(words) == 0
+    assert json.loads(capsys.readouterr().out)["num_samples"] == 210
     x, _ = draw(6, 60)
     found = outputs_of(made.folder / "exits.onnx", x)[made.exits.heads[0].answer]
     np.savez(tmp_path / "sure.npz", x=x[[scores("confidence", found, found, None, "scores").argmax()]])

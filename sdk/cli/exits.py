@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,6 +10,8 @@ import typer
 
 from edgecloud.cli.app import app
 from edgecloud.cli.output import JsonFlag, print_json, progress_console, remarks, table_console
+from edgecloud.errors import BundleError
+from edgecloud.manifest import bundle_kind, is_bundle
 
 
 @app.command()
@@ -72,3 +75,13 @@ def exits(
         print_json(report.to_dict())
     else:
         table_console().print(report.to_table())
+
+
+def is_for_exits(arguments: Sequence[str]) -> bool:
+    """Whether a command line is `calibrate` of a graph bundle: a classifier's exits, not a draft's tokens, are meant."""
+    if list(arguments[:1]) != ["calibrate"]:
+        return False
+    try:
+        return any(is_bundle(word) and bundle_kind(word) == "graph" for word in arguments[1:])
+    except BundleError:
+        return False  # the command itself says what is wrong with it
