@@ -86,14 +86,15 @@ def make_exits(request: ExitRequest, remark: Remark = lambda _: None) -> ExitRep
     _require_classifier(model)
     stack = load_stack(request.inputs, model.inputs)
     calibration.require_samples(stack.num_samples, SHARES, min(request.risks), request.delta)
-    labels = _labels(request, stack, Session(model.proto, num_threads, name=str(model.path)), model.outputs[0].name)
+    output = model.outputs[0].name
+    plain = Session(model.proto, num_threads, name=str(model.path))
+    labels = _labels(request, stack, plain, output)
     remark("places for exits")
     places = Places(model, stack.one(0), num_threads)
     chosen = places.named(request.at) if request.at else places.spread(request.num_exits)
     remark(f"{stack.num_samples} samples through the graph, exits after {', '.join(place.tensor for place in chosen)}")
     widened, names = with_pooled(model, chosen)
-    output = model.outputs[0].name
-    found = stack.run(Session(widened, num_threads, name=str(request.model)), [*names, output])
+    found = stack.run(plain, [output]) | stack.run(Session(widened, num_threads, name="the model with pooling"), names)
     right = _right(found[output], labels)
     answers = _answers(found[output])
     remark(f"training {len(chosen)} heads")

@@ -32,7 +32,6 @@ class Place:
 
     tensor: str
     dtype: str
-    channels: int
     pooled_axes: tuple[int, ...]  # all but those of samples and channels
     when: float  # share of the computation that precedes it
 
@@ -108,7 +107,7 @@ class Places:
         before = nx.ancestors(self._flow, producer) | {producer}
         total = sum(self._times.values()) or 1
         spent = sum(time for group, time in self._times.items() if before & set(group))
-        return Place(name, fact.dtype, fact.shape[axis], tuple(i for i in range(1, len(fact.shape)) if i != axis), spent / total)
+        return Place(name, fact.dtype, tuple(i for i in range(1, len(fact.shape)) if i != axis), spent / total)
 
     def _leads_alone(self, place: Place) -> bool:
         """Whether, once it is there, nothing made before it is needed any more."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from pairs import free_port
 
+from edgecloud.aio import AsyncClient
 from edgecloud.cli.app import run as run_command
 from edgecloud.client import Client
 from edgecloud.edge.estimates import LinkEstimate
@@ -32,7 +34,7 @@ from edgecloud.edge.graph_estimates import CutTimes, GraphEstimates
 from edgecloud.edge.retry import Timeout
 from edgecloud.errors import BundleCorruptError, BundleError, CloudUnavailableError, ConfigError, ModelError
 from edgecloud.exit_scores import leaves, scores
-from edgecloud.exits import RULES, Exits, samples_needed
+from edgecloud.exits import RULES, Exits, Rule, samples_needed
 from edgecloud.graph_bundle import GraphBundle
 from edgecloud.partitioner.binomial import interval, upper_bound
 from edgecloud.partitioner.exit_calibration import split, with_counts
@@ -220,7 +222,7 @@ def test_heads_in_the_graph_pool_as_they_were_trained_and_leave_the_answer_alone
     model = load_model(tmp_path / "network.onnx")
     x = np.random.default_rng(3).random((1, 3, 64, 64)).astype(np.float32)
     [place] = Places(model, {"image": x}, 1).named(["relu1"])
-    assert (place.tensor, place.channels, place.pooled_axes) == ("r1", 32, (2, 3))
+    assert (place.tensor, place.pooled_axes) == ("r1", (2, 3))
     random = np.random.default_rng(4)
     head = Head(*(random.normal(0, 1, shape).astype(np.float32) for shape in ((64, 5), (5,), (5, 10), (10,))))
     made, [info] = with_heads(model, [place], [head], "scores")
@@ -318,6 +320,14 @@ def test_what_is_sure_enough_leaves_without_a_call_and_the_rest_is_the_classifie
         assert client.run({"x": mixed}, mode=made.cut, risk=0.02).exit is None  # all rows or none
 
 
+async def ask_beside(made: Made, x: Floats) -> list[str | None]:
+    """Twice at once, with an `AsyncClient` that reaches nobody."""
+    async with AsyncClient(made.bundle.path, cloud=f"127.0.0.1:{free_port()}", timeout=IMPATIENT, num_threads=1) as client:
+        rules: tuple[Rule, Rule] = ("confidence", "margin")
+        runs = [client.run({"x": x}, mode=made.cut, risk=0.02, exit_rule=rule) for rule in rules]
+        return [reply.exit for reply in await asyncio.gather(*runs)]
+
+
 def test_what_leaves_needs_no_service_at_all(made: Made) -> None:
     x, _ = draw(6, 60)
     with Client(made.bundle.path, cloud=f"127.0.0.1:{free_port()}", timeout=IMPATIENT, num_threads=1) as client:
@@ -325,6 +335,7 @@ def test_what_leaves_needs_no_service_at_all(made: Made) -> None:
         order = np.argsort(-scores("confidence", found, found, None, "scores"))
         sure, unsure = x[order[:1]], x[order[-1:]]
         assert client.run({"x": sure}, mode=made.cut, risk=0.02).exit == "exit-1"
+        assert asyncio.run(ask_beside(made, sure)) == ["exit-1", "exit-1"]
         with pytest.raises(CloudUnavailableError):
             client.run({"x": unsure}, mode=made.cut, risk=0.02)
         with pytest.raises(CloudUnavailableError):

@@ -52,7 +52,8 @@ def _exits(found: GraphInspection) -> str:
     if found.exits is None:
         return "none"
     heads = "\n".join(f"{head.name} after {head.tensor}" for head in found.exits.heads)
-    return f"{heads}\nby {found.exits.rule}, calibrated on {found.exits.num_samples} samples; the {found.exits.judge} said what is right"
+    said = f"by {found.exits.rule}, calibrated on {found.exits.num_samples} samples; right is by the {found.exits.judge}"
+    return f"{heads}\n{said}"
 
 
 def _parts(found: GraphInspection) -> str:
