@@ -43,7 +43,7 @@ class ExitRequest:
     num_exits: int = 2
     risks: tuple[float, ...] = (0.05,)
     delta: float = 0.05
-    rule: Rule = "confidence"
+    rule: Rule | None = None  # confidence, or that of the bundle
     width: int = 32  # of a head
     seed: int = 0
     num_threads: int = 0
@@ -58,7 +58,7 @@ class ExitRequest:
             raise ConfigError("no --risk is given; say how many early answers may be wrong, such as 0.05")
         if not 0 < self.delta < 1:
             raise ConfigError(f"--delta {self.delta:g} cannot be; it is the chance that a risk is not kept, such as 0.05")
-        if self.rule not in RULES:
+        if self.rule is not None and self.rule not in RULES:
             raise ConfigError(f"--rule {self.rule!r} is unknown; it takes {', '.join(RULES)}")
         for name, value in (("--num-exits", self.num_exits), ("--width", self.width)):
             if value < 1:
@@ -105,7 +105,7 @@ def make_exits(request: ExitRequest, remark: Remark = lambda _: None) -> ExitRep
     proto, infos = with_heads(model, chosen, heads, answers)
     remark("calibrating")
     judge: Judge = "model" if labels is None else "labels"
-    exits = Exits(output, answers, request.rule, judge, request.delta, len(parts.plan), len(parts.count), 0, infos)
+    exits = Exits(output, answers, request.rule or "confidence", judge, request.delta, len(parts.plan), len(parts.count), 0, infos)
     finished = stack.run(Session(proto, num_threads, name="the model with exits"), [output, *sorted(exits.outputs)])
     max_change = _max_change(request.model, found[output], finished[output])
     exits = calibration.with_counts(exits, finished, right, parts)
@@ -136,7 +136,9 @@ def _calibrate_bundle(request: ExitRequest, num_threads: int, remark: Remark) ->
     found = stack.run(session, [bundle.exits.output, *sorted(bundle.exits.outputs)])
     right = _right(found[bundle.exits.output], labels)
     parts = calibration.split(stack.num_samples, AGAIN_SHARES, request.seed)
-    judged = replace(bundle.exits, judge="model" if labels is None else "labels", delta=request.delta, rule=request.rule)
+    judged = replace(
+        bundle.exits, judge="model" if labels is None else "labels", delta=request.delta, rule=request.rule or bundle.exits.rule
+    )
     exits = calibration.with_counts(judged, found, right, parts)
     _write(request.model / MANIFEST, replace(bundle, exits=exits).to_json().encode())
     return _report(str(request.model), request, exits, found, right, parts, 0.0)

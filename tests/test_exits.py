@@ -378,6 +378,8 @@ def test_exits_can_be_calibrated_anew_in_a_bundle(made: Made, tmp_path: Path, ca
     assert "exit-1 after h1" in capsys.readouterr().out
     assert bundle.exits is not None
     assert (bundle.exits.rule, bundle.exits.num_samples) == ("margin", 490)
+    make_exits(replace(request, rule=None))
+    assert GraphBundle.open(tmp_path / "b").exits == bundle.exits  # the rule stays
     assert [head.tensor for head in bundle.exits.heads] == [head.tensor for head in made.exits.heads]
     with pytest.raises(ConfigError, match="drop --at and --output"):
         make_exits(replace(request, at=("h1",)))

@@ -37,9 +37,9 @@ def exits(
     ] = None,
     delta: Annotated[float, typer.Option(help="Chance that a stated risk is not kept after all.")] = 0.05,
     rule: Annotated[
-        Literal["confidence", "entropy", "margin", "feature_delta"],
-        typer.Option(help="What makes an exit sure, unless a call says otherwise."),
-    ] = "confidence",
+        Literal["confidence", "entropy", "margin", "feature_delta"] | None,
+        typer.Option(help="What makes an exit sure, unless a call says otherwise. Default: confidence, or what the bundle has."),
+    ] = None,
     width: Annotated[int, typer.Option(help="Features of a head.")] = 32,
     seed: Annotated[int, typer.Option(help="Of weights, batches, and the division of the samples.")] = 0,
     threads: Annotated[int, typer.Option(help="Threads. 0: as many as this process may use.")] = 0,
