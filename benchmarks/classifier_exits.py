@@ -25,10 +25,10 @@ from edgecloud.exit_scores import scores
 from edgecloud.exits import RULES, ExitPoint, Exits
 from edgecloud.graph_bundle import GraphBundle
 from edgecloud.partitioner.binomial import interval
-from edgecloud.partitioner.exit_calibration import split, with_counts
-from edgecloud.partitioner.exit_maker import SHARES, ExitRequest, make_exits
-from edgecloud.partitioner.exit_metadata import read_exits
-from edgecloud.partitioner.exit_samples import load_stack
+from edgecloud.partitioner.classifier_calibration import split, with_counts
+from edgecloud.partitioner.classifier_exits import SHARES, ExitRequest, make_exits
+from edgecloud.partitioner.classifier_metadata import read_exits
+from edgecloud.partitioner.classifier_samples import load_stack
 from edgecloud.partitioner.export_classifier import export_classifier
 from edgecloud.partitioner.graph_partition import partition_graph
 from edgecloud.partitioner.graph_request import GraphRequest

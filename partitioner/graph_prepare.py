@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from edgecloud.errors import ConfigError
 from edgecloud.exits import Exits
 from edgecloud.partitioner.boundary import LOSSY, Accuracy, measure_codecs
+from edgecloud.partitioner.classifier_metadata import read_exits
 from edgecloud.partitioner.cut_planner import NS, CutPlanner
 from edgecloud.partitioner.dag import Dag, Edge
-from edgecloud.partitioner.exit_metadata import read_exits
 from edgecloud.partitioner.graph_request import GraphRequest
 from edgecloud.partitioner.node_profile import NodeProfile, profile_nodes, read_profile, surviving_tensors
 from edgecloud.partitioner.onnx_dag import Structure, analyse, build_dag, crossing_names

@@ -53,7 +53,7 @@ def exits(
     from edgecloud.partitioner import extra_installed
 
     with extra_installed():
-        from edgecloud.partitioner.exit_maker import ExitRequest, make_exits
+        from edgecloud.partitioner.classifier_exits import ExitRequest, make_exits
 
     request = ExitRequest(
         model=model,

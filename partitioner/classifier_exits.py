@@ -14,13 +14,13 @@ from edgecloud.exit_scores import softmax
 from edgecloud.exits import RULES, Answers, Exits, Judge, Rule
 from edgecloud.graph_bundle import GraphBundle
 from edgecloud.manifest import MANIFEST, is_bundle
-from edgecloud.partitioner import exit_calibration as calibration
-from edgecloud.partitioner.exit_graph import with_heads, with_pooled
-from edgecloud.partitioner.exit_heads import Floats, train_heads
-from edgecloud.partitioner.exit_metadata import read_exits, set_exits
-from edgecloud.partitioner.exit_places import Places
-from edgecloud.partitioner.exit_report import ExitReport, exit_lines
-from edgecloud.partitioner.exit_samples import Labels, Stack, load_labels, load_stack
+from edgecloud.partitioner import classifier_calibration as calibration
+from edgecloud.partitioner.classifier_graph import with_heads, with_pooled
+from edgecloud.partitioner.classifier_heads import Floats, train_heads
+from edgecloud.partitioner.classifier_metadata import read_exits, set_exits
+from edgecloud.partitioner.classifier_places import Places
+from edgecloud.partitioner.classifier_report import ExitReport, exit_lines
+from edgecloud.partitioner.classifier_samples import Labels, Stack, load_labels, load_stack
 from edgecloud.partitioner.onnx_model import OnnxModel, load_model
 from edgecloud.partitioner.ort_session import Session
 from edgecloud.partitioner.samples import Array

@@ -18,7 +18,7 @@ from edgecloud.errors import ConfigError
 from edgecloud.exit_scores import Floats, scores
 from edgecloud.exits import RULES, ExitCurve, ExitInfo, ExitPoint, Exits, samples_to_begin
 from edgecloud.partitioner.binomial import upper_bounds
-from edgecloud.partitioner.exit_samples import Labels
+from edgecloud.partitioner.classifier_samples import Labels
 from edgecloud.partitioner.samples import Array
 
 NUM_POINTS = 40  # thresholds of a curve

@@ -9,8 +9,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from edgecloud.exits import RULES, Answers, ExitCurve, ExitInfo
-from edgecloud.partitioner.exit_heads import Head
-from edgecloud.partitioner.exit_places import Place
+from edgecloud.partitioner.classifier_heads import Head
+from edgecloud.partitioner.classifier_places import Place
 from edgecloud.partitioner.onnx_model import OnnxModel
 
 AXES_ARE_INPUTS = 18  # from this opset on

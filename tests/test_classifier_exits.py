@@ -37,13 +37,13 @@ from edgecloud.exit_scores import leaves, scores
 from edgecloud.exits import RULES, Exits, Rule, samples_needed
 from edgecloud.graph_bundle import GraphBundle
 from edgecloud.partitioner.binomial import interval, upper_bound
-from edgecloud.partitioner.exit_calibration import split, with_counts
-from edgecloud.partitioner.exit_graph import with_heads
-from edgecloud.partitioner.exit_heads import Head
-from edgecloud.partitioner.exit_maker import ExitRequest, make_exits
-from edgecloud.partitioner.exit_metadata import read_exits
-from edgecloud.partitioner.exit_places import Places
-from edgecloud.partitioner.exit_report import ExitReport
+from edgecloud.partitioner.classifier_calibration import split, with_counts
+from edgecloud.partitioner.classifier_exits import ExitRequest, make_exits
+from edgecloud.partitioner.classifier_graph import with_heads
+from edgecloud.partitioner.classifier_heads import Head
+from edgecloud.partitioner.classifier_metadata import read_exits
+from edgecloud.partitioner.classifier_places import Places
+from edgecloud.partitioner.classifier_report import ExitReport
 from edgecloud.partitioner.export_classifier import export_classifier
 from edgecloud.partitioner.graph_partition import partition_graph
 from edgecloud.partitioner.graph_request import GraphRequest
