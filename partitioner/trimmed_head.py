@@ -1,7 +1,7 @@
 """The head of an exported draft, reduced to the tokens that it may propose; and its scales, halved on disk.
 
-Where head and embedding are one matrix the file keeps it once: the head's rows are gathered from it by constants, which ONNX Runtime
-works out once, when it loads the graph.
+Where head and embedding are one matrix the file keeps it once: the head's rows are gathered from it by constants, which
+ONNX Runtime works out once, when it loads the graph.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def trim_head(path: Path, vocab: DraftVocab, vocab_size: int) -> None:
     head = logits.producer()
     if head is None or head.op_type not in HEADS:
         found = "nothing" if head is None else head.op_type
-        raise ModelError(f"its logits come from {found}, not from a plain product, so its head cannot be trimmed; leave out the list")
+        raise ModelError(f"its logits come from {found}, no plain product, so its head cannot be trimmed; leave out the list")
     ids = ir.Value(name="draft_vocab.token_ids", const_value=ir.tensor(np.array(vocab.token_ids, np.int64)))
     places, axis = HEADS[head.op_type]
     for place in places:

@@ -5,6 +5,8 @@ Its head has a row for each of these only. What it reads, the context, may hold 
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,22 +29,22 @@ class DraftVocab:
             raise ValueError(f"{KEY} holds {wrong!r}; every entry is a whole number")
         if ids[0] < 0:
             raise ValueError(f"{KEY} holds {ids[0]}; a token id is 0 or more")
-        for before, after in zip(ids, ids[1:], strict=False):
+        for before, after in itertools.pairwise(ids):
             if after <= before:
                 what = "twice" if after == before else f"after {before}"
                 raise ValueError(f"{KEY} holds {after} {what}; list each id once, in ascending order")
 
     @classmethod
     def read(cls, path: Path) -> DraftVocab:
-        """From a file. Raises ValueError, whatever is wrong with it; the message names neither file nor mend by command."""
+        """From a file. Raises ValueError, whatever is wrong with it; the message does not name the file."""
         try:
             content = json.loads(path.read_text("utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"it cannot be read as JSON: {error}") from error
-        ids = content.get(KEY) if isinstance(content, dict) and len(content) == 1 else None
-        if not isinstance(ids, list):
-            raise ValueError(f'it must hold {{"{KEY}": [...]}} and nothing else')
-        return cls(tuple(ids))
+        match content:
+            case {"token_ids": [*ids], **others} if not others:
+                return cls(tuple(ids))
+        raise ValueError(f'it must hold {{"{KEY}": [...]}} and nothing else')
 
     def require(self, num_tokens: int, stop_token_ids: list[int]) -> None:
         """Raises ValueError: an id is no token of the model, or the draft could not propose to stop."""
@@ -54,6 +56,10 @@ class DraftVocab:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the list, hexadecimal."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
         """The text of the file."""
