@@ -459,11 +459,10 @@ class Client:
                 from edgecloud.edge.drafter import ModelDrafter
                 from edgecloud.edge.model import DraftModel
 
-                graph = self.bundle.file(self.bundle.draft.model)
-                window, num_threads = self._window(), self._num_threads
-                vocab_size = min(self.bundle.draft.vocab_size, self.bundle.target.vocab_size)
+                bundle, window, num_threads = self.bundle, self._window(), self._num_threads
+                vocab_size = min(bundle.draft.vocab_size, bundle.target.vocab_size)
                 prefilled = self._estimates.device.prefilled
-                self._drafter = ModelDrafter(lambda: DraftModel(graph, window, num_threads, prefilled), vocab_size)
+                self._drafter = ModelDrafter(lambda: DraftModel.of_bundle(bundle, window, num_threads, prefilled), vocab_size)
             return self._drafter
 
 
