@@ -19,7 +19,7 @@ from edgecloud.errors import ConfigError, ModelError
 from edgecloud.partitioner import check, tokenizer_match
 from edgecloud.partitioner.atomic import atomic_folder
 from edgecloud.partitioner.distill import CurvePoint, Distillation, DistillSettings
-from edgecloud.partitioner.draft_vocab import frequent_tokens
+from edgecloud.partitioner.frequent_tokens import frequent_tokens
 from edgecloud.partitioner.lessons import Lessons
 from edgecloud.partitioner.model_folder import CLOUD_FILES, ModelFolder
 from edgecloud.partitioner.report import Remark

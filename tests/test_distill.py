@@ -23,7 +23,7 @@ from edgecloud.cloud.answering import Answerer
 from edgecloud.cloud.engine import Engine
 from edgecloud.cloud.model import TargetModel
 from edgecloud.errors import ConfigError
-from edgecloud.partitioner.draft_vocab import frequent_tokens
+from edgecloud.partitioner.frequent_tokens import frequent_tokens
 from edgecloud.partitioner.kl import mean_kl
 from edgecloud.partitioner.lessons import Lessons, by_length
 from edgecloud.partitioner.questions import questions
