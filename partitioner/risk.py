@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-NUM_BETS = 40
+NUM_BETS = 16
 MOST_OF_A_BET = 0.95  # of what could lose everything to one loss of 1
 PRIOR_WEIGHT = 1e-3  # of a loss of 0 that the first bet is made on: it decides only while nothing was seen
 NEEDED_FACTOR = 1.2  # prompts needed beside what growth says: a bet has to learn
