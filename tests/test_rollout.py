@@ -16,7 +16,7 @@ from pairs import Pair
 from edgecloud.bundle import Bundle
 from edgecloud.errors import ModelError
 from edgecloud.partitioner import check
-from edgecloud.partitioner.choosers import GraphGuesser, TorchChooser, rows_of_head
+from edgecloud.partitioner.choosers import GraphGuesser, TorchChooser
 from edgecloud.partitioner.graph import DraftGraph
 from edgecloud.partitioner.model_folder import ModelFolder
 from edgecloud.partitioner.recording import THRESHOLDS, Record, prompt_key, record, record_all
@@ -95,8 +95,9 @@ def test_with_real_graphs_no_exit_gives_the_targets_text_and_every_exit_the_draf
 class Rows:
     """Stands for a graph whose head has these logits."""
 
-    def __init__(self, logits: list[float]) -> None:
+    def __init__(self, logits: list[float], kept: list[int] | None = None) -> None:
         self._logits = np.array(logits, np.float32)
+        self.kept = None if kept is None else np.array(kept)
 
     def crop_to(self, length: int) -> None: ...
 
@@ -105,11 +106,9 @@ class Rows:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_a_trimmed_head_guesses_only_tokens_that_it_has_and_its_score_is_over_those(temperature: float, tmp_path: Path) -> None:
-    (tmp_path / "draft_vocab.json").write_text('{"token_ids": [3, 5, 250]}')
-    ids = rows_of_head(tmp_path / "model.onnx")
+def test_a_trimmed_head_guesses_only_tokens_that_it_has_and_its_score_is_over_those(temperature: float) -> None:
     for seed in range(20):
-        guesser = GraphGuesser(Rows([1.0, 4.0, 2.0]), 259, SamplingSettings(temperature, seed=seed), ids)  # type: ignore[arg-type]
+        guesser = GraphGuesser(Rows([1.0, 4.0, 2.0], [3, 5, 250]), 259, SamplingSettings(temperature, seed=seed))  # type: ignore[arg-type]
         token, score = guesser.guess([1])
         assert token in (3, 5, 250)
         assert token == 5 or temperature > 0
@@ -117,11 +116,7 @@ def test_a_trimmed_head_guesses_only_tokens_that_it_has_and_its_score_is_over_th
         assert score == pytest.approx(warm.max() / warm.sum(), rel=1e-6)
 
 
-def test_a_head_that_cannot_be_read_and_logits_that_are_none_are_refused(tmp_path: Path) -> None:
-    assert rows_of_head(tmp_path / "model.onnx") is None
-    (tmp_path / "draft_vocab.json").write_text("{}")
-    with pytest.raises(ModelError, match="draft_vocab.json"):
-        rows_of_head(tmp_path / "model.onnx")
+def test_logits_that_are_none_are_refused() -> None:
     with pytest.raises(ModelError, match="not finite"):
         GraphGuesser(Rows([1.0, float("nan")]), 2, SamplingSettings()).guess([1])  # type: ignore[arg-type]
 
