@@ -12,7 +12,7 @@ from edgecloud.errors import ConfigError, EdgecloudError
 
 COMMANDS = (
     "fetch", "partition", "partition_graph", "inspect", "verify", "serve", "health", "token", "generate", "run", "link", "profile",
-    "bench", "demo",
+    "bench", "demo", "rejections",
 )  # fmt: skip
 
 app = typer.Typer(
