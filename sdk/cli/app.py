@@ -12,7 +12,7 @@ from edgecloud.errors import ConfigError, EdgecloudError
 
 COMMANDS = (
     "fetch", "partition", "partition_graph", "inspect", "verify", "serve", "health", "token", "generate", "run", "link", "profile",
-    "bench", "demo", "rejections",
+    "bench", "demo", "rejections", "learn", "adapter",
 )  # fmt: skip
 
 app = typer.Typer(
