@@ -2,7 +2,7 @@
 
 The draft is the target without some of its layers, so that there is something to learn in minutes. A device's log holds where the
 draft's greedy choice is not the target's, for answers that the target gave before; other answers of the same domain are held
-out. Needs a python that has examples/federated/requirements.txt (--flower).
+out. Needs a python that has edgecloud[federated] (--flower).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from edgecloud.partitioner.learn import begin_adapter, merge_adapter
 from edgecloud.partitioner.learning import agreement
 from edgecloud.partitioner.lessons import Lesson
 from edgecloud.partitioner.model_folder import ModelFolder
-from edgecloud.rejections import Passage, RejectionLog
+from edgecloud.rejections import Passage, RejectionLog, Source
 
 ROOT = Path(__file__).resolve().parents[1]
 EDGECLOUD = [sys.executable, "-c", "from edgecloud.cli import main; main()"]
@@ -45,15 +45,12 @@ def main() -> None:
                "--learning-rate", str(options.learning_rate), "--clip", str(options.clip), "--noise", str(options.noise),
                "--edgecloud", shlex.join(EDGECLOUD)]  # fmt: skip
     devices: dict[str, dict[str, float]] = {}
-    fingerprints = (
-        model_fingerprint(options.target),
-        model_fingerprint(draft.path),
-        tokenizer_fingerprint(draft.path / "tokenizer.json"),
-    )
+    tokenizer = tokenizer_fingerprint(draft.path / "tokenizer.json")
+    source = Source(model_fingerprint(options.target), model_fingerprint(draft.path), tokenizer)
+    num_wanted = options.passages + options.held_out
     for name, key in DOMAINS.items():
-        passages = [passage_of(model, answer, options) for answer in answers if answer["key"].startswith(key)][
-            : options.passages * 2
-        ]
+        chosen = [answer for answer in answers if answer["key"].startswith(key)][:num_wanted]
+        passages = [passage_of(model, answer, options) for answer in chosen]
         log = RejectionLog(scratch / name)
         log.clear()
         log.prepare()
@@ -70,16 +67,11 @@ def main() -> None:
     learned = load_draft(ModelFolder.open(scratch / "learned"))
     for name, lessons in held_out.items():
         devices[name]["after"] = agreement(learned, lessons)
-    num_tokens = sum(len(lesson.refused) for lesson in held_out["sums"])
-    report = {
-        "command": shlex.join(sys.argv),
-        "machine": machine(),
-        "rounds": rounds,
-        "devices": devices,
-        "held_out_tokens": num_tokens,
-    }
-    print(json.dumps(report, indent=2, default=str))
-    (RESULTS / "federated.json").write_text(json.dumps(report, indent=2, default=str) + "\n")
+        devices[name]["held_out_tokens"] = sum(len(lesson.refused) for lesson in lessons)
+        print(name, devices[name], flush=True)
+    settings = {name: value for name, value in vars(options).items() if isinstance(value, int | float | list)}
+    report = {"settings": settings, "machine": machine(), "rounds": rounds, "devices": devices}
+    (RESULTS / "federated.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
 def pruned(target: Path, folder: Path, drop: Sequence[int]) -> ModelFolder:

@@ -305,7 +305,7 @@ def test_a_round_is_three_commands_that_exchange_files(device: Device, tmp_path:
 FLOWER = os.environ.get("EDGECLOUD_TEST_FLOWER")
 
 
-@pytest.mark.skipif(FLOWER is None, reason="EDGECLOUD_TEST_FLOWER names no python that has examples/federated/requirements.txt")
+@pytest.mark.skipif(FLOWER is None, reason="EDGECLOUD_TEST_FLOWER names no python that has edgecloud[federated]")
 def test_a_round_of_flower_averages_what_two_devices_learned(device: Device, tmp_path: Path) -> None:
     begin, averaged = tmp_path / "begin.safetensors", tmp_path / "averaged.safetensors"
     begin_adapter(device.draft, begin, rank=4, seed=0)

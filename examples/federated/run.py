@@ -1,8 +1,8 @@
 """Rounds of Flower over the logs of several devices: FedAvg over adapters, each device's change clipped, noise added if asked for.
 
-pip install -r examples/federated/requirements.txt        # in an environment of its own
+python -m venv flower && flower/bin/pip install edgecloud[federated]
 edgecloud adapter begin DRAFT -o begin.safetensors
-python examples/federated/run.py DRAFT begin.safetensors --log phone/log --log tablet/log -o averaged.safetensors
+flower/bin/python examples/federated/run.py DRAFT begin.safetensors --log phone/log --log tablet/log -o averaged.safetensors
 edgecloud adapter merge DRAFT averaged.safetensors -o DRAFT2
 """
 
