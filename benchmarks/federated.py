@@ -24,7 +24,7 @@ from edgecloud.machine import machine
 from edgecloud.partitioner.adapter import load_draft
 from edgecloud.partitioner.learn import begin_adapter, merge_adapter
 from edgecloud.partitioner.learning import agreement
-from edgecloud.partitioner.lessons import Lesson
+from edgecloud.partitioner.corrections import Correction
 from edgecloud.partitioner.model_folder import ModelFolder
 from edgecloud.rejections import Passage, RejectionLog, Source
 
@@ -39,7 +39,7 @@ def main() -> None:
     draft = pruned(options.target, scratch / "draft", options.drop)
     model = load_draft(draft)
     answers = [json.loads(line) for line in options.answers.read_text().splitlines()]
-    held_out: dict[str, list[Lesson]] = {}
+    held_out: dict[str, list[Correction]] = {}
     command = [options.flower, str(ROOT / "examples/federated/run.py"), str(draft.path), str(scratch / "begin.safetensors"),
                "-o", str(scratch / "averaged.safetensors"), "--rounds", str(options.rounds), "--epochs", str(options.epochs),
                "--learning-rate", str(options.learning_rate), "--clip", str(options.clip), "--noise", str(options.noise),
@@ -56,7 +56,9 @@ def main() -> None:
         log.prepare()
         for passage in passages[: options.passages]:
             log.add(source, passage)
-        held_out[name] = [Lesson(p.ids, tuple(range(p.answer_start, len(p.ids))), (), 0.0) for p in passages[options.passages :]]
+        held_out[name] = [
+            Correction(p.ids, tuple(range(p.answer_start, len(p.ids))), (), 0.0) for p in passages[options.passages :]
+        ]
         num_refused = sum(len(passage.rejected) for passage in passages[: options.passages])
         devices[name] = {"logged_positions": num_refused, "before": agreement(model, held_out[name])}
         print(name, devices[name], flush=True)
@@ -65,9 +67,9 @@ def main() -> None:
     rounds = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
     merge_adapter(draft.path, scratch / "averaged.safetensors", scratch / "learned", overwrite=True)
     learned = load_draft(ModelFolder.open(scratch / "learned"))
-    for name, lessons in held_out.items():
-        devices[name]["after"] = agreement(learned, lessons)
-        devices[name]["held_out_tokens"] = sum(len(lesson.refused) for lesson in lessons)
+    for name, corrections in held_out.items():
+        devices[name]["after"] = agreement(learned, corrections)
+        devices[name]["held_out_tokens"] = sum(len(correction.refused) for correction in corrections)
         print(name, devices[name], flush=True)
     settings = {name: value for name, value in vars(options).items() if isinstance(value, int | float | list)}
     report = {"settings": settings, "machine": machine(), "rounds": rounds, "devices": devices}

@@ -24,7 +24,6 @@ from edgecloud.partitioner.atomic import atomic_folder
 from edgecloud.partitioner.model_folder import ModelFolder
 
 FORMAT = "edgecloud-adapter-1"
-DRAFT_VOCAB = "draft_vocab.json"
 OWN_FILES = frozenset({"config.json", "generation_config.json", "model.safetensors.index.json"})  # written with the weights
 
 

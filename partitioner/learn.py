@@ -26,7 +26,7 @@ from edgecloud.partitioner.adapter import (
     with_new_adapter,
 )
 from edgecloud.partitioner.learning import Epoch, LearningSettings, train
-from edgecloud.partitioner.lessons import draft_vocab, read_lessons, split_lessons
+from edgecloud.partitioner.corrections import draft_vocab, read_corrections, split_corrections
 from edgecloud.partitioner.model_folder import ModelFolder
 
 
@@ -69,11 +69,13 @@ def learn(
     folder = ModelFolder.open(draft)
     fingerprint = folder.fingerprint()
     info = AdapterInfo(fingerprint, rank)
-    lessons, held_out = split_lessons(read_lessons(log, folder, fingerprint, any_draft=any_draft))
+    corrections, held_out = split_corrections(read_corrections(log, folder, fingerprint, any_draft=any_draft))
     adapted = with_new_adapter(load_draft(folder, device), info.rank, settings.seed)
     num_parameters = sum(tensor.numel() for tensor in adapter_tensors(adapted).values())
-    epochs = train(adapted, lessons, settings, draft_vocab(folder), held_out=held_out, seen=seen)
-    learned = Learned(len(lessons), sum(len(lesson.refused) for lesson in lessons), len(held_out), epochs, num_parameters)
+    epochs = train(adapted, corrections, settings, draft_vocab(folder), held_out=held_out, seen=seen)
+    learned = Learned(
+        len(corrections), sum(len(correction.refused) for correction in corrections), len(held_out), epochs, num_parameters
+    )
     if learned.best.number == 0:
         raise RejectionLogError(
             f"nothing was gained: the draft as it is agrees with {learned.best.agreement:.3f} of the target's tokens in "
@@ -107,12 +109,12 @@ def train_adapter(
     folder = ModelFolder.open(draft)
     fingerprint = folder.fingerprint()
     info = read_info(adapter, fingerprint)
-    lessons = read_lessons(log, folder, fingerprint, any_draft=any_draft)
+    corrections = read_corrections(log, folder, fingerprint, any_draft=any_draft)
     adapted = with_adapter(load_draft(folder, device), adapter, info)
-    epochs = train(adapted, lessons, settings, draft_vocab(folder), up_only=True, seen=seen)
+    epochs = train(adapted, corrections, settings, draft_vocab(folder), up_only=True, seen=seen)
     save_adapter(adapted, file, info)
     num_parameters = sum(tensor.numel() for name, tensor in adapter_tensors(adapted).items() if "lora_B" in name)
-    return Learned(len(lessons), sum(len(lesson.refused) for lesson in lessons), 0, epochs, num_parameters)
+    return Learned(len(corrections), sum(len(correction.refused) for correction in corrections), 0, epochs, num_parameters)
 
 
 def merge_adapter(draft: str | Path, adapter: Path, destination: Path, *, overwrite: bool = False) -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from edgecloud.errors import ConfigError
 from edgecloud.partitioner.adapter import adapter_tensors
-from edgecloud.partitioner.lessons import Lesson
+from edgecloud.partitioner.corrections import Correction
 
 MAX_GRADIENT = 1.0
 
@@ -25,7 +25,7 @@ class LearningSettings:
     num_epochs: int = 3
     learning_rate: float = 1e-3
     anchor: float = 0.5  # weight of staying as it was, where the draft was not wrong
-    seed: int = 0  # of the order of the lessons
+    seed: int = 0  # of the order of the corrections
 
     def __post_init__(self) -> None:
         if self.num_epochs < 1:
@@ -47,12 +47,12 @@ class Epoch:
 
 def train(
     adapted: PeftModel,
-    lessons: Sequence[Lesson],
+    corrections: Sequence[Correction],
     settings: LearningSettings,
     proposable: Sequence[int] | None = None,
     *,
     up_only: bool = False,
-    held_out: Sequence[Lesson] = (),
+    held_out: Sequence[Correction] = (),
     seen: Callable[[Epoch], None] = lambda epoch: None,
 ) -> list[Epoch]:
     """Train the adapter, a passage a step. The same arguments give the same adapter on a CPU with as many threads.
@@ -61,7 +61,7 @@ def train(
 
     Args:
         adapted: the draft with its adapter.
-        lessons: what to learn.
+        corrections: what to learn.
         settings: how.
         proposable: ids that the draft may propose; None: all.
         up_only: leave A as it is and train B alone, so that averaging adapters averages what they do (Sun et al. 2024, FFA-LoRA).
@@ -87,55 +87,55 @@ def train(
     finish(None)
     for _ in range(settings.num_epochs):
         total = 0.0
-        for lesson in order.sample(list(lessons), len(lessons)):
-            loss = lesson_loss(adapted, lesson, settings.anchor, rows)
+        for correction in order.sample(list(corrections), len(corrections)):
+            loss = correction_loss(adapted, correction, settings.anchor, rows)
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(weights, MAX_GRADIENT)
             optimizer.step()
             optimizer.zero_grad()
             total += loss.item()
-        finish(total / len(lessons))
+        finish(total / len(corrections))
     if held_out:
         set_peft_model_state_dict(adapted, best)
     return epochs
 
 
-def lesson_loss(adapted: PeftModel, lesson: Lesson, anchor: float, rows: Tensor | None = None) -> Tensor:
+def correction_loss(adapted: PeftModel, correction: Correction, anchor: float, rows: Tensor | None = None) -> Tensor:
     """Cross-entropy of the target's tokens where the draft was wrong, and `anchor` times KL(old || new) elsewhere, in nats."""
-    logits = _logits(adapted, lesson, (*lesson.refused, *lesson.others), rows)
-    num_refused = len(lesson.refused)
+    logits = _logits(adapted, correction, (*correction.refused, *correction.others), rows)
+    num_refused = len(correction.refused)
     loss = functional.cross_entropy(
-        logits[:num_refused] / (lesson.temperature or 1.0), _targets(lesson, lesson.refused, logits, rows)
+        logits[:num_refused] / (correction.temperature or 1.0), _targets(correction, correction.refused, logits, rows)
     )
-    if anchor and lesson.others:
+    if anchor and correction.others:
         with torch.no_grad(), adapted.disable_adapter():
-            old = _logits(adapted, lesson, lesson.others, rows).log_softmax(dim=1)
+            old = _logits(adapted, correction, correction.others, rows).log_softmax(dim=1)
         new = logits[num_refused:].log_softmax(dim=1)
         loss = loss + anchor * functional.kl_div(new, old, log_target=True, reduction="batchmean")
     return loss
 
 
 @torch.no_grad()
-def agreement(model: torch.nn.Module, lessons: Sequence[Lesson], rows: Tensor | None = None) -> float:
+def agreement(model: torch.nn.Module, corrections: Sequence[Correction], rows: Tensor | None = None) -> float:
     """Of all tokens of these answers that the draft may propose, the share that are its greedy choice, given those before."""
     num_same = num_tokens = 0
-    for lesson in lessons:
-        positions = (*lesson.refused, *lesson.others)
-        logits = _logits(model, lesson, positions, rows)
-        num_same += int((logits.argmax(dim=1) == _targets(lesson, positions, logits, rows)).sum())
+    for correction in corrections:
+        positions = (*correction.refused, *correction.others)
+        logits = _logits(model, correction, positions, rows)
+        num_same += int((logits.argmax(dim=1) == _targets(correction, positions, logits, rows)).sum())
         num_tokens += len(positions)
     return num_same / num_tokens
 
 
-def _logits(model: torch.nn.Module, lesson: Lesson, positions: Sequence[int], rows: Tensor | None) -> Tensor:
+def _logits(model: torch.nn.Module, correction: Correction, positions: Sequence[int], rows: Tensor | None) -> Tensor:
     """What decides the tokens at `positions`.  -> [positions, proposable ids] float32"""
     device = next(model.parameters()).device
-    ids = torch.tensor([lesson.ids[: max(positions)]], device=device)
+    ids = torch.tensor([correction.ids[: max(positions)]], device=device)
     before = torch.tensor([at - 1 for at in positions], device=device)
     logits: Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=before).logits[0].float()
     return logits if rows is None else logits[:, rows]
 
 
-def _targets(lesson: Lesson, positions: Sequence[int], logits: Tensor, rows: Tensor | None) -> Tensor:
-    ids = torch.tensor([lesson.ids[at] for at in positions], device=logits.device)
+def _targets(correction: Correction, positions: Sequence[int], logits: Tensor, rows: Tensor | None) -> Tensor:
+    ids = torch.tensor([correction.ids[at] for at in positions], device=logits.device)
     return ids if rows is None else torch.searchsorted(rows, ids)

@@ -1,103 +1,129 @@
-"""What a log of refused guesses has to teach a draft: checked, and of the one pair of models that it was logged with."""
+"""What a draft learns from: the target's answers, and at each of their positions the target's last hidden state.
+
+Its head turns that into all of its logits, so fp16 states keep the full distribution in a kilobyte a position. The file grows with
+the answers, in their order: what was broken off, or got more answers, is gone on with.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from edgecloud.errors import ModelError, RejectionLogError
-from edgecloud.fingerprint import read_json, tokenizer_fingerprint
-from edgecloud.partitioner.adapter import DRAFT_VOCAB
-from edgecloud.partitioner.model_folder import ModelFolder
-from edgecloud.rejections import Passage, RejectionLog, Segment
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
-MIN_PASSAGES, MIN_REJECTED = 2, 16
-HELD_OUT_EVERY = 8
+from edgecloud.answers import Answer
+from edgecloud.errors import ModelError
 
-
-@dataclass(frozen=True, slots=True)
-class Lesson:
-    """Token ids, where the draft is to say what the target said, and where it is to stay as it is."""
-
-    ids: tuple[int, ...]
-    refused: tuple[int, ...]  # positions of tokens that the draft did not guess
-    others: tuple[int, ...]  # positions of the answer's other tokens; the target chose these, too
-    temperature: float
-
-    @classmethod
-    def of(cls, passage: Passage, proposable: Sequence[int] | None) -> Lesson | None:
-        """A passage's lesson; None when the draft could propose none of what the target chose."""
-        allowed = None if proposable is None else frozenset(proposable)
-        usable = [at for at in range(passage.answer_start, len(passage.ids)) if allowed is None or passage.ids[at] in allowed]
-        wrong = {at for at, _ in passage.rejected}
-        refused = tuple(at for at in usable if at in wrong)
-        others = tuple(at for at in usable if at not in wrong)
-        return cls(passage.ids, refused, others, passage.temperature) if refused else None
+WINDOW = 64  # answers that are sorted by length together
+TOKENS_A_PASS = 4096
+HEAD_TOLERANCE = 1e-3  # of the largest logit
+KEY_BYTES = 16
 
 
-def read_lessons(folder: Path, draft: ModelFolder, draft_fingerprint: str, *, any_draft: bool = False) -> list[Lesson]:
-    """What a device's log has for this draft.
+class Lessons:
+    """States of a fixed list of answers.
 
     Args:
-        folder: the log.
-        draft: what is to learn.
-        draft_fingerprint: of that folder; the log must have been written with it.
-        any_draft: another draft may have made the guesses.
-
-    Raises:
-        RejectionLogError: the log is broken, has too little, or is of other models.
-        ModelError: the draft has no tokenizer, or a list of ids that it cannot mean.
+        answers: in the order of their file.
+        folder: where states are kept.
+        fingerprint: the target's; states of another are made anew.
     """
-    segments = [segment for segment in RejectionLog(folder).read() if segment.passages]
-    _check_sources(folder, segments, draft, None if any_draft else draft_fingerprint)
-    passages = [passage for segment in segments for passage in segment.passages]
-    if (highest := max((max(passage.ids) for passage in passages), default=0)) >= draft.vocab_size:
-        raise RejectionLogError(
-            f"{folder} holds the id {highest}, {draft.name} has {draft.vocab_size}; it was logged with another model"
+
+    def __init__(self, answers: Sequence[Answer], folder: Path, fingerprint: str) -> None:
+        self.answers = list(answers)
+        self._folder = folder
+        self._keys = [_key(fingerprint, answer) for answer in self.answers]
+        lengths = np.array([len(answer.ids) - 1 for answer in self.answers])
+        self._ends = np.cumsum(lengths)
+        self._starts = self._ends - lengths
+        self._states: npt.NDArray[np.float16] | None = None
+
+    @property
+    def num_positions(self) -> int:
+        """Of all answers and their prompts."""
+        return int(self._ends[-1])
+
+    def prepare(self, target: PreTrainedModel, progress: Callable[[int, int], None]) -> None:
+        """Compute what is missing. Raises ModelError: the target's head is more than a product."""
+        width = target.get_output_embeddings().weight.shape[1]
+        _check_head(target, self.answers[0].ids)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path, keys = self._folder / "states.f16", self._folder / "states.keys"
+        with path.open("ab") as states_file, keys.open("ab") as keys_file:
+            done = self._num_done(path, keys, width)
+            states_file.truncate(int(self._ends[done - 1]) * width * 2 if done else 0)
+            keys_file.truncate(done * KEY_BYTES)
+            for start in range(done, len(self.answers), WINDOW):
+                window = range(start, min(start + WINDOW, len(self.answers)))
+                for number, states in sorted(last_states(target, {n: self.answers[n].ids[:-1] for n in window}).items()):
+                    states_file.write(states.to(torch.float16).cpu().numpy().tobytes())
+                    states_file.flush()
+                    keys_file.write(self._keys[number])
+                keys_file.flush()
+                progress(window.stop, len(self.answers))
+        self._states = np.memmap(path, np.float16, "r", shape=(self.num_positions, width))
+
+    def states(self, number: int, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float16]:
+        """Of one answer, after the tokens at `positions`, counted from the prompt's first.  -> [n, width]"""
+        assert self._states is not None, "prepare comes first"
+        states: npt.NDArray[np.float16] = self._states[self._starts[number] + positions]
+        return states
+
+    def _num_done(self, path: Path, keys: Path, width: int) -> int:
+        known = keys.read_bytes()
+        there = [known[at : at + KEY_BYTES] for at in range(0, len(known), KEY_BYTES)]
+        same = 0
+        while same < min(len(there), len(self._keys)) and there[same] == self._keys[same]:
+            same += 1
+        return int(np.searchsorted(self._ends[:same], path.stat().st_size // (2 * width), "right"))
+
+
+def last_states(target: PreTrainedModel, sequences: dict[int, list[int]]) -> dict[int, Tensor]:
+    """What the target's head is applied to, for every token of each sequence.  -> [tokens, width] each"""
+    found = {}
+    for group in by_length(sequences, TOKENS_A_PASS):
+        with torch.inference_mode():
+            states = target.base_model(input_ids=padded([sequences[n] for n in group], target.device), use_cache=False)
+        for row, number in zip(states.last_hidden_state, group, strict=True):
+            found[number] = row[: len(sequences[number])]
+    return found
+
+
+def by_length(sequences: dict[int, list[int]], max_tokens: int) -> list[list[int]]:
+    """Their numbers in groups of like length, of so many tokens each at most, padding included."""
+    groups: list[list[int]] = []
+    for number in sorted(sequences, key=lambda number: len(sequences[number])):
+        if groups and (len(groups[-1]) + 1) * len(sequences[number]) <= max_tokens:
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    return groups
+
+
+def padded(sequences: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """With zeros on the right, where a causal model does not look.  -> [sequences, tokens]"""
+    ids = np.zeros((len(sequences), max(map(len, sequences))), np.int64)
+    for row, sequence in zip(ids, sequences, strict=True):
+        row[: len(sequence)] = sequence
+    return torch.from_numpy(ids).to(device)
+
+
+def _check_head(target: PreTrainedModel, ids: list[int]) -> None:
+    with torch.inference_mode():
+        inputs = padded([ids[:64]], target.device)
+        logits = target(input_ids=inputs, use_cache=False).logits
+        states = target.base_model(input_ids=inputs, use_cache=False).last_hidden_state
+        product = states @ target.get_output_embeddings().weight.T
+    if not (logits - product).abs().max() <= HEAD_TOLERANCE * logits.abs().max():
+        raise ModelError(
+            f"{target.config.model_type} does more with its last states than to multiply them by its head; it cannot be distilled"
         )
-    proposable = draft_vocab(draft)
-    lessons = [lesson for passage in passages if (lesson := Lesson.of(passage, proposable)) is not None]
-    num_refused = sum(len(lesson.refused) for lesson in lessons)
-    if len(lessons) < MIN_PASSAGES or num_refused < MIN_REJECTED:
-        raise RejectionLogError(
-            f"{folder} has {num_refused} refused guesses in {len(lessons)} passages, learning takes {MIN_REJECTED} in "
-            f"{MIN_PASSAGES} at least; log more generations with learn_from, or --log-rejections"
-        )
-    return lessons
 
 
-def split_lessons(lessons: Sequence[Lesson]) -> tuple[list[Lesson], list[Lesson]]:
-    """-> to learn from, and held out: every eighth, of at least one"""
-    step = min(HELD_OUT_EVERY, len(lessons))
-    held_out = list(lessons[step - 1 :: step])
-    return [lesson for at, lesson in enumerate(lessons) if at % step != step - 1], held_out
-
-
-def draft_vocab(draft: ModelFolder) -> list[int] | None:
-    """The ids that a draft with a trimmed head may propose; None: all. Raises ModelError."""
-    path = draft.path / DRAFT_VOCAB
-    if not path.is_file():
-        return None
-    ids = read_json(path).get("token_ids")
-    if not isinstance(ids, list) or not ids or not all(isinstance(i, int) and 0 <= i < draft.vocab_size for i in ids):
-        raise ModelError(f"{path} has no list token_ids of ids below {draft.vocab_size}")
-    return sorted(set(ids))
-
-
-def _check_sources(folder: Path, segments: Sequence[Segment], draft: ModelFolder, draft_fingerprint: str | None) -> None:
-    clear = f"clear the log with `edgecloud rejections {folder} --clear`"
-    ours = tokenizer_fingerprint(draft.path / "tokenizer.json")
-    for segment in segments:
-        if segment.source.tokenizer != ours:
-            raise RejectionLogError(
-                f"{segment.path} was logged with the tokenizer {segment.source.tokenizer}, {draft.name} has {ours}; "
-                f"give the draft of that pair, or {clear}"
-            )
-        if draft_fingerprint is not None and segment.source.draft != draft_fingerprint:
-            raise RejectionLogError(
-                f"{segment.path} was logged with the draft {segment.source.draft}, {draft.name} is {draft_fingerprint}; "
-                f"give that draft, take guesses of other drafts with --any-draft, or {clear}"
-            )
-    if len(targets := sorted({segment.source.target for segment in segments})) > 1:
-        raise RejectionLogError(f"{folder} holds corrections of two targets, {targets[0]} and {targets[1]}; {clear}")
+def _key(fingerprint: str, answer: Answer) -> bytes:
+    return hashlib.sha256(fingerprint.encode() + np.array(answer.ids, np.int64).tobytes()).digest()[:KEY_BYTES]

@@ -25,7 +25,7 @@ from edgecloud.fingerprint import model_fingerprint, tokenizer_fingerprint
 from edgecloud.partitioner.adapter import load_draft, read_info, save_merged, with_adapter
 from edgecloud.partitioner.learn import Learned, begin_adapter, learn, merge_adapter, train_adapter
 from edgecloud.partitioner.learning import LearningSettings, agreement
-from edgecloud.partitioner.lessons import Lesson, read_lessons, split_lessons
+from edgecloud.partitioner.corrections import Correction, read_corrections, split_corrections
 from edgecloud.partitioner.model_folder import ModelFolder
 from edgecloud.rejections import Passage, RejectionLog, Source
 
@@ -45,11 +45,11 @@ class Device:
         return ModelFolder.open(self.draft)
 
     @property
-    def lessons(self) -> list[Lesson]:
-        return read_lessons(self.log, self.folder, self.folder.fingerprint())
+    def corrections(self) -> list[Correction]:
+        return read_corrections(self.log, self.folder, self.folder.fingerprint())
 
 
-def corrections(draft: torch.nn.Module, seed: int, length: int = 40) -> Passage:
+def passage_of(draft: torch.nn.Module, seed: int, length: int = 40) -> Passage:
     """A text that always goes on in the same way, which the draft does not know: token, token + 3, token + 6, ..."""
     ids = [3 + (seed * 11 + 3 * at) % 251 for at in range(length)]
     with torch.inference_mode():
@@ -73,7 +73,7 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Device:
     root = tmp_path_factory.mktemp("device")
     draft = make_tiny_llama(root / "draft", scale=0.1)
     model = AutoModelForCausalLM.from_pretrained(draft, dtype=torch.float32).eval()
-    log = write_log(root / "log", draft, [corrections(model, seed) for seed in range(NUM_PASSAGES)])
+    log = write_log(root / "log", draft, [passage_of(model, seed) for seed in range(NUM_PASSAGES)])
     return Device(draft, log)
 
 
@@ -99,7 +99,7 @@ def test_it_agrees_better_on_what_was_held_out(learned: tuple[Learned, Path]) ->
 def test_the_new_draft_is_an_ordinary_folder_that_agrees_as_reported(device: Device, learned: tuple[Learned, Path]) -> None:
     report, out = learned
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
-    _, held_out = split_lessons(device.lessons)
+    _, held_out = split_corrections(device.corrections)
     assert agreement(model, held_out) == pytest.approx(report.best.agreement, abs=0.03)
     assert tokenizer_fingerprint(out / "tokenizer.json") == tokenizer_fingerprint(device.draft / "tokenizer.json")
     assert ModelFolder.open(out).num_parameters == device.folder.num_parameters
@@ -137,7 +137,7 @@ def test_merged_equals_applied(device: Device, tmp_path: Path) -> None:
     merge_adapter(device.draft, trained, tmp_path / "merged")
     applied = with_adapter(load_draft(device.folder), trained, read_info(trained, device.folder.fingerprint()))
     merged = load_draft(ModelFolder.open(tmp_path / "merged"))
-    ids = torch.tensor([device.lessons[0].ids])
+    ids = torch.tensor([device.corrections[0].ids])
     with torch.inference_mode():
         got, wanted, plain = merged(ids).logits, applied(ids).logits, load_draft(device.folder)(ids).logits
     assert torch.allclose(got, wanted, atol=1e-5)
@@ -186,9 +186,9 @@ def test_what_leaves_a_device_are_tensors_of_known_size(device: Device, tmp_path
 def test_a_trimmed_draft_is_not_taught_what_it_cannot_say(device: Device) -> None:
     ids = (10, 11, 12, 13, 14, 15)
     passage = Passage(ids, 2, ((3, 50), (4, 51)), 0.0)
-    assert Lesson.of(passage, [12, 14, 15]) == Lesson(ids, (4,), (2, 5), 0.0)
-    assert Lesson.of(passage, [12, 15]) is None
-    assert Lesson.of(passage, None) == Lesson(ids, (3, 4), (2, 5), 0.0)
+    assert Correction.of(passage, [12, 14, 15]) == Correction(ids, (4,), (2, 5), 0.0)
+    assert Correction.of(passage, [12, 15]) is None
+    assert Correction.of(passage, None) == Correction(ids, (3, 4), (2, 5), 0.0)
 
 
 def test_a_trimmed_draft_learns_within_its_list(device: Device, tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_a_log_that_cannot_teach_is_refused(damage: Damage, words: str, device: 
 
 def test_guesses_of_another_draft_are_taken_when_asked_for(device: Device, tmp_path: Path) -> None:
     log = another_draft(device, tmp_path / "log")
-    assert len(read_lessons(log, device.folder, device.folder.fingerprint(), any_draft=True)) == 3
+    assert len(read_corrections(log, device.folder, device.folder.fingerprint(), any_draft=True)) == 3
 
 
 def test_an_adapter_of_another_draft_is_refused(device: Device, tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_a_round_of_flower_averages_what_two_devices_learned(device: Device, tmp
     begin, averaged = tmp_path / "begin.safetensors", tmp_path / "averaged.safetensors"
     begin_adapter(device.draft, begin, rank=4, seed=0)
     model = load_draft(device.folder)
-    logs = [write_log(tmp_path / name, device.draft, [corrections(model, seed) for seed in range(start, start + 4)])
+    logs = [write_log(tmp_path / name, device.draft, [passage_of(model, seed) for seed in range(start, start + 4)])
             for name, start in (("phone", 0), ("tablet", 50))]  # fmt: skip
 
     def flower(*options: str) -> dict[str, Tensor]:

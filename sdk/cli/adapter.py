@@ -43,7 +43,7 @@ def begin(
     """Write the adapter that all devices begin with; it changes nothing yet."""
     from edgecloud.partitioner import extra_installed
 
-    with extra_installed("distill"):
+    with extra_installed("learn"):
         from edgecloud.partitioner.learn import begin_adapter
 
     info = begin_adapter(draft, output, rank, seed)
@@ -67,7 +67,7 @@ def train(
     """Train an adapter on this device's log. What is written holds no text and no ids."""
     from edgecloud.partitioner import extra_installed
 
-    with extra_installed("distill"):
+    with extra_installed("learn"):
         from edgecloud.partitioner.learn import train_adapter
         from edgecloud.partitioner.learning import LearningSettings
 
@@ -87,7 +87,7 @@ def merge(
     """Add an adapter to the draft's weights, and write a draft for `partition --draft`."""
     from edgecloud.partitioner import extra_installed
 
-    with extra_installed("distill"):
+    with extra_installed("learn"):
         from edgecloud.partitioner.learn import merge_adapter
 
     merge_adapter(draft, adapter, output, overwrite=overwrite)

@@ -46,7 +46,7 @@ def learn(
     from edgecloud.partitioner import extra_installed
 
     remarks(progress_console())("loading torch, transformers and peft")
-    with extra_installed("distill"):
+    with extra_installed("learn"):
         from edgecloud.partitioner.learn import learn as run
         from edgecloud.partitioner.learning import LearningSettings
 
