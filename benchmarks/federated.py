@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM
 from edgecloud.fingerprint import model_fingerprint, tokenizer_fingerprint
 from edgecloud.machine import machine
 from edgecloud.partitioner.adapter import load_draft
+from edgecloud.partitioner.corrections import Correction
 from edgecloud.partitioner.learn import begin_adapter, merge_adapter
 from edgecloud.partitioner.learning import agreement
-from edgecloud.partitioner.corrections import Correction
 from edgecloud.partitioner.model_folder import ModelFolder
 from edgecloud.rejections import Passage, RejectionLog, Source
 

@@ -25,8 +25,8 @@ from edgecloud.partitioner.adapter import (
     with_adapter,
     with_new_adapter,
 )
-from edgecloud.partitioner.learning import Epoch, LearningSettings, train
 from edgecloud.partitioner.corrections import draft_vocab, read_corrections, split_corrections
+from edgecloud.partitioner.learning import Epoch, LearningSettings, train
 from edgecloud.partitioner.model_folder import ModelFolder
 
 

@@ -23,9 +23,9 @@ from edgecloud.cli.app import run as run_command
 from edgecloud.errors import ConfigError, ModelError, RejectionLogError
 from edgecloud.fingerprint import model_fingerprint, tokenizer_fingerprint
 from edgecloud.partitioner.adapter import load_draft, read_info, save_merged, with_adapter
+from edgecloud.partitioner.corrections import Correction, read_corrections, split_corrections
 from edgecloud.partitioner.learn import Learned, begin_adapter, learn, merge_adapter, train_adapter
 from edgecloud.partitioner.learning import LearningSettings, agreement
-from edgecloud.partitioner.corrections import Correction, read_corrections, split_corrections
 from edgecloud.partitioner.model_folder import ModelFolder
 from edgecloud.rejections import Passage, RejectionLog, Source
 
