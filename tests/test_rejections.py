@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pairs import EDGECLOUD, Pair, Server
+from pairs import Pair, Server
 
+from edgecloud.answers import AnswerFile
+from edgecloud.cli.app import run as run_command
 from edgecloud.client import Client
 from edgecloud.errors import ConfigError, RejectionLogError
 from edgecloud.rejection_watch import MAX_IDS, NUM_KEPT_IDS, RejectionWatch
@@ -286,11 +288,12 @@ def test_a_full_disk_costs_the_log_and_not_the_answer(
     assert "No space left" in caplog.text
 
 
-def test_the_command_line_logs_counts_and_clears(tiny_pair: Pair, tiny_server: Server, tmp_path: Path) -> None:
+def test_the_command_line_logs_counts_hands_on_and_clears(
+    tiny_pair: Pair, tiny_server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def run(*words: str) -> dict[str, Any]:
-        done = subprocess.run([*EDGECLOUD, *words, "--json"], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        content: dict[str, Any] = json.loads(done.stdout)
+        assert run_command([*words, "--json"]) == 0
+        content: dict[str, Any] = json.loads(capsys.readouterr().out)
         return content
 
     log = str(tmp_path / "log")
@@ -299,5 +302,10 @@ def test_the_command_line_logs_counts_and_clears(tiny_pair: Pair, tiny_server: S
     found = run("rejections", log)
     assert found["num_passages"] == 1
     assert found["num_rejected"] > 0
+    answers = tmp_path / "answers.jsonl"
+    assert [run("rejections", log, "--answers", str(answers))["num_answers_added"] for _ in range(2)] == [1, 0]
+    [answer], [kept] = AnswerFile(answers), passages(RejectionLog(log))
+    assert answer.ids == list(kept.ids)
+    assert len(answer.prompt_ids) == kept.answer_start
     assert run("rejections", log, "--clear")["num_segments_deleted"] == 1
     assert run("rejections", log)["num_passages"] == 0
