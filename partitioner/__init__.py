@@ -12,11 +12,11 @@ from edgecloud.errors import EdgecloudError
 
 
 @contextlib.contextmanager
-def extra_installed() -> Iterator[None]:
-    """Around the import of a module of this package: a missing third party becomes one sentence."""
+def extra_installed(extra: str = "partition") -> Iterator[None]:
+    """Around the import of a module of this package that needs an extra: a missing third party becomes one sentence."""
     try:
         yield
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "edgecloud":
             raise
-        raise EdgecloudError(f"this command needs {error.name}; install edgecloud[partition]") from None
+        raise EdgecloudError(f"this command needs {error.name}; install edgecloud[{extra}]") from None

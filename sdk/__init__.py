@@ -37,11 +37,13 @@ if TYPE_CHECKING:
         ModelMismatchError,
         NoPlanError,
         ProtocolError,
+        RejectionLogError,
         ServerError,
         TokenizerMismatchError,
     )
     from edgecloud.graph_bundle import GraphBundle
     from edgecloud.inference import InferenceMetrics, InferenceReply
+    from edgecloud.rejections import RejectionLog
     from edgecloud.sampling import SamplingSettings
     from edgecloud.session import Session
     from edgecloud.types import CloudBack, CloudLost, Metrics, ModeChanged, ModeSpan, Reply, Retract, Service, TokenEvent, Usage
@@ -77,6 +79,8 @@ _HOMES = {
     "ModelMismatchError": "errors",
     "NoPlanError": "errors",
     "ProtocolError": "errors",
+    "RejectionLog": "rejections",
+    "RejectionLogError": "errors",
     "Reply": "types",
     "Retract": "types",
     "SamplingSettings": "sampling",
@@ -122,6 +126,8 @@ __all__ = [
     "ModelMismatchError",
     "NoPlanError",
     "ProtocolError",
+    "RejectionLog",
+    "RejectionLogError",
     "Reply",
     "Retract",
     "SamplingSettings",

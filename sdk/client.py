@@ -30,6 +30,8 @@ from edgecloud.generation import Generation, GenerationStream
 from edgecloud.manifest import bundle_kind
 from edgecloud.options import GenerationKeywords, GenerationOptions, Prompt, check_fits, check_messages, check_whole
 from edgecloud.protocols import Drafter
+from edgecloud.rejection_watch import RejectionWatch
+from edgecloud.rejections import RejectionLog, Source
 from edgecloud.rpc.codec import pair_hash
 from edgecloud.session import Session
 from edgecloud.turn import Turn
@@ -66,6 +68,8 @@ class Client:
         num_threads: of ONNX Runtime; 0: as many as this process may use.
         max_context_tokens: longest sequence the device keeps; 0: as the bundle says.
         max_ram_mb: MiB that loaded parts of a graph may take, as the bundle estimates them; 0: no limit.
+        learn_from: keep in this folder, or log, what the target corrected, token ids with their context, for `edgecloud learn`;
+            None: keep nothing.
     """
 
     def __init__(
@@ -82,6 +86,7 @@ class Client:
         num_threads: int = 0,
         max_context_tokens: int = 0,
         max_ram_mb: int = 0,
+        learn_from: str | os.PathLike[str] | RejectionLog | None = None,
     ) -> None:
         self._path = Path(bundle)
         self._addresses = [] if cloud is None else [cloud] if isinstance(cloud, str) else list(cloud)
@@ -96,6 +101,7 @@ class Client:
         self._num_threads = check_whole("num_threads", num_threads, 0) or len(os.sched_getaffinity(0))
         self._max_context_tokens = check_whole("max_context_tokens", max_context_tokens, 0)
         self._max_ram_bytes = check_whole("max_ram_mb", max_ram_mb, 0) << 20
+        self._rejections = learn_from if isinstance(learn_from, RejectionLog | None) else RejectionLog(learn_from)
         self._bundle: Bundle | None = None
         self._graph_bundle: GraphBundle | None = None
         self._graph_client: GraphClient | None = None
@@ -281,6 +287,7 @@ class Client:
             self.bundle.tokenizer.eos_token_ids,
             options.stop_strings,
         )
+        watch = self._watch(tokens, options)
         end_s = None if options.deadline_s is None else time.monotonic() + options.deadline_s
 
         def events() -> Generator[Event]:
@@ -290,6 +297,8 @@ class Client:
                 try:
                     with closing(self._steps(tokens, options, remote, end_s)) as steps:
                         for step in steps:
+                            if watch is not None:
+                                watch.look(step)
                             if isinstance(step, Round):
                                 yield from generation.add(step)
                             elif isinstance(step, Guess):
@@ -304,10 +313,23 @@ class Client:
                     error.reply = generation.reply()
                     yield from generation.withdraw()
                     raise
+                finally:
+                    if watch is not None:
+                        watch.finish()
                 if on_finish is not None:
                     on_finish(generation.reply())
 
         return GenerationStream(generation, events())
+
+    def _watch(self, tokens: list[int], options: GenerationOptions) -> RejectionWatch | None:
+        """Who notes what the target corrects, if the user wants that. The target that is cut for `split` is another one."""
+        log = self._rejections
+        if log is None or options.mode in {"edge", "split"}:
+            return None
+        log.prepare()
+        bundle = self.bundle
+        source = Source(bundle.target.fingerprint, bundle.draft.fingerprint, bundle.tokenizer.fingerprint)
+        return RejectionWatch(tokens, options.sampling.temperature, lambda passage: log.add(source, passage))
 
     def _steps(
         self, tokens: list[int], options: GenerationOptions, given: RemoteSession | None, end_s: float | None

@@ -11,6 +11,7 @@ EdgecloudError
 │   └── BundleVersionError       written by a newer edgecloud
 ├── ModelError                   a model folder cannot be used
 │   └── TokenizerMismatchError   draft and target do not share a tokenizer
+├── RejectionLogError            what a device logged to learn from is broken, too little, or of another pair
 ├── FetchError                   a download failed or arrived broken
 ├── ServerError                  the verification service cannot start or run
 └── CloudError                   the other machine could not answer
@@ -79,6 +80,10 @@ class ModelError(EdgecloudError):
 
 class TokenizerMismatchError(ModelError):
     """Draft and target do not share a tokenizer."""
+
+
+class RejectionLogError(EdgecloudError):
+    """What a device logged to learn from is broken, too little, or of another model pair."""
 
 
 class FetchError(EdgecloudError):

@@ -11,8 +11,8 @@ import typer
 from edgecloud.errors import ConfigError, EdgecloudError
 
 COMMANDS = (
-    "fetch", "distill", "partition", "partition_graph", "exits", "inspect", "verify", "calibrate", "serve", "health", "token",
-    "generate", "run", "link", "profile", "bench", "demo",
+    "fetch", "distill", "partition", "partition_graph", "exits", "inspect", "verify", "calibrate", "learn", "adapter",
+    "rejections", "serve", "health", "token", "generate", "run", "link", "profile", "bench", "demo",
 )  # fmt: skip
 
 app = typer.Typer(

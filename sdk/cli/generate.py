@@ -63,6 +63,10 @@ def generate(
     tls_key: TlsKeyOption = None,
     token_file: TokenFileOption = None,
     insecure: InsecureFlag = False,
+    log_rejections: Annotated[
+        Path | None,
+        typer.Option(help="Keep what the target corrects, token ids with their context, in this folder for `edgecloud learn`."),
+    ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Encode the prompt as it is, without the chat template.")] = False,
     json: JsonFlag = False,
 ) -> None:
@@ -74,7 +78,7 @@ def generate(
     secure = tls_of(tls, tls_ca, tls_cert, tls_key)
     with Client(
         bundle, cloud.split(",") if cloud else None, prefer=prefer, tls=secure, token=read_token(token_file), insecure=insecure,
-        num_draft_tokens=num_draft_tokens, num_threads=threads,
+        num_draft_tokens=num_draft_tokens, num_threads=threads, learn_from=log_rejections,
     ) as client:  # fmt: skip
         stream = client.stream(
             text, raw=raw, mode=mode, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
