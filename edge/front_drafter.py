@@ -1,4 +1,4 @@
-"""The front of a split target as a drafter: an exit head reads the rows that mode `split` sends anyway, so no second model is needed."""
+"""The front of a split target as a drafter: an exit head reads the rows that are sent anyway, so no second model is needed."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from edgecloud.bundle import is_bundle
 from edgecloud.errors import BundleError, ConfigError, ModelError
 from edgecloud.kernels.codec import require_codec
+from edgecloud.partitioner.exit_answers import read_exit_source
 from edgecloud.partitioner.export import FrontPrecision, Precision
 from edgecloud.partitioner.model_folder import ModelFolder
 from edgecloud.partitioner.tokenizer_match import require_same_tokenizer
@@ -26,6 +27,7 @@ class FrontPlan:
     num_layers: int
     precision: FrontPrecision
     codec: str  # of its rows on the wire
+    exit_head: str | None = None  # what an exit head learns from: a file, or exit_answers.BUILT_IN; None: it gets none
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +55,13 @@ def check_inputs(
     cut: int | None = None,
     front_precision: FrontPrecision = "int8",
     boundary: str = "int8",
+    exit_head: str | None = None,
 ) -> Inputs:
     """Look at everything, write nothing.
 
     Raises:
-        ConfigError: the bundle would replace the model's own folder; a cut out of range, an unknown boundary codec.
+        ConfigError: the bundle would replace the model's own folder; a cut out of range, an unknown boundary codec, an
+            exit head without a cut or with nothing to learn from.
         ModelError: a model folder cannot be used; TokenizerMismatchError: the two do not share a tokenizer.
         BundleError: something else is in the way, or the disk has too little room.
     """
@@ -66,7 +70,9 @@ def check_inputs(
     destination = check_destination(bundle, overwrite)
     if destination in {target.path, drafter.path}:
         raise ConfigError(f"{bundle} is the model's own folder; choose another one for the bundle")
-    front = None if cut is None else _plan_front(target, cut, front_precision, boundary)
+    if cut is None and exit_head is not None:
+        raise ConfigError(f"--exit-head is {exit_head}; it is made for the front of a cut model, give --cut K")
+    front = None if cut is None else _plan_front(target, cut, front_precision, boundary, exit_head)
     num_tokens = require_same_tokenizer(drafter, target)
     parent = next(folder for folder in destination.parents if folder.exists())
     linked = parent.stat().st_dev == target.path.stat().st_dev
@@ -95,14 +101,16 @@ def require_front_space(cache: Path | None, target: ModelFolder) -> None:
     require_space(folder, _front_bytes(target) + MARGIN_BYTES)
 
 
-def _plan_front(target: ModelFolder, cut: int, precision: FrontPrecision, codec: str) -> FrontPlan:
+def _plan_front(target: ModelFolder, cut: int, precision: FrontPrecision, codec: str, exit_head: str | None) -> FrontPlan:
     num_layers = target.num_layers
     if num_layers < 2:
         raise ModelError(f"{target.path} has {num_layers} layer; a model is cut between two")
     if not 1 <= cut < num_layers:
         raise ConfigError(f"--cut is {cut}; {target.name} has {num_layers} layers and can be cut at 1 to {num_layers - 1}")
     require_codec(codec)
-    return FrontPlan(cut, num_layers, precision, codec)
+    if exit_head is not None:
+        read_exit_source(exit_head, target.vocab_size)
+    return FrontPlan(cut, num_layers, precision, codec, exit_head)
 
 
 def _front_bytes(target: ModelFolder) -> int:
