@@ -17,7 +17,8 @@ from torch import Tensor
 from edgecloud.errors import ConfigError, ModelError
 from edgecloud.kernels.codec import decode, encode
 from edgecloud.partitioner import check, tokenizer_match
-from edgecloud.partitioner.exit_answers import MAX_ANSWER_TOKENS, MIN_PROMPTS, ExitSource, divide, frequent_ids
+from edgecloud.partitioner.draft_vocab import DRAFT_VOCAB, frequent_ids, write_draft_vocab
+from edgecloud.partitioner.exit_answers import MAX_ANSWER_TOKENS, MIN_PROMPTS, ExitSource, divide
 from edgecloud.partitioner.exit_graph import guesses, write_exit_head
 from edgecloud.partitioner.exit_head import CurvePoint, ExitSettings, Lessons, train_exit_head
 from edgecloud.partitioner.export import GRAPH_FILES
@@ -29,7 +30,7 @@ from edgecloud.partitioner.reference import Reference
 from edgecloud.partitioner.report import ExitHeadReport, Remark
 from edgecloud.partitioner.steps import cached_exit_head, cached_samples
 
-EXIT_HEAD, DRAFT_VOCAB, FOUND = "exit_head.onnx", "draft_vocab.json", "exit_head.json"
+EXIT_HEAD, FOUND = "exit_head.onnx", "exit_head.json"
 FILES = (EXIT_HEAD, f"{EXIT_HEAD}.data", DRAFT_VOCAB)
 HEAD_TOLERANCE = 1e-3  # of the largest logit
 
@@ -91,7 +92,7 @@ class ExitHeadMaker:
         write_exit_head(trained, head, scratch / EXIT_HEAD)
         path = quantize_front(scratch / EXIT_HEAD, folder, self._plan.precision)
         shutil.rmtree(scratch)
-        (folder / DRAFT_VOCAB).write_text(json.dumps({"token_ids": kept.tolist()}) + "\n", "utf-8")
+        write_draft_vocab(folder, kept.tolist())
         wanted = examined.token_ids.numpy()
         report = ExitHeadReport(
             num_kept=len(kept), coverage=float(np.isin(wanted, kept.numpy()).mean()),

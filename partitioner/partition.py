@@ -17,8 +17,9 @@ from edgecloud.partitioner.atomic import atomic_folder, link_or_copy
 from edgecloud.partitioner.child import ChildError
 from edgecloud.partitioner.device import measure_device
 from edgecloud.partitioner.download import NO_SPACE
+from edgecloud.partitioner.draft_vocab import DRAFT_VOCAB
 from edgecloud.partitioner.exit_answers import read_exit_source
-from edgecloud.partitioner.exit_maker import DRAFT_VOCAB, EXIT_HEAD, ExitHeadMaker
+from edgecloud.partitioner.exit_maker import EXIT_HEAD, ExitHeadMaker
 from edgecloud.partitioner.export import GRAPH_FILES, export_graph
 from edgecloud.partitioner.front_maker import FRONT_FOLDER, FrontMaker, graph_bytes
 from edgecloud.partitioner.inputs import Inputs
