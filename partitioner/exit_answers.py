@@ -47,7 +47,7 @@ def read_exit_source(name: str, vocab_size: int) -> ExitSource:
         return ExitSource(prompts=PROMPTS)
     file = Path(name)
     answers = _read_answers(file, vocab_size) if _holds_answers(file) else None
-    prompts = list(dict.fromkeys(read_prompts(file))) if answers is None else []
+    prompts = list(dict.fromkeys(read_prompts(file, "--exit-head"))) if answers is None else []
     num = len(prompts) if answers is None else len(answers)
     if num < MIN_PROMPTS:
         what = "different prompts" if answers is None else "answers at temperature 0 to different prompts"

@@ -64,7 +64,7 @@ def cached_exit_head(
     Raises what `make` raises.  -> whether it was in the cache
     """
     parts = Path(check.__file__).parent
-    modules = ("front.py", "quantize.py", "exit_answers.py", "exit_graph.py", "exit_head.py", "exit_maker.py")
+    modules = ("front.py", "quantize.py", "draft_vocab.py", "exit_answers.py", "exit_graph.py", "exit_head.py", "exit_maker.py")
     code = {name: sha256_file(parts / name) for name in modules}
     of_front = {"cut": plan.cut, "precision": plan.precision, "codec": plan.codec}
     made_by = {"code": code, "onnxruntime": version("onnxruntime"), "torch": version("torch"), **_builder()}

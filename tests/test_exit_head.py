@@ -250,7 +250,7 @@ def test_prompts_come_from_a_file_or_are_built_in(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        ([], "is empty"),
+        ([], r"--exit-head .*answers\.jsonl is empty"),
         ([answer(1), answer(1), answer(2)], "holds 2 answers at temperature 0 to different prompts; give 4 or more"),
         ([answer(n, temperature=1.0) for n in range(9)], "holds 0 answers at temperature 0"),
         ([answer(n, token=50) for n in range(9)], "holds id 50, the target has 0 to 49"),
