@@ -348,11 +348,11 @@ def test_a_conversation_goes_on_in_mode_split_and_in_others(pair: Pair, tiny_ser
             assert expected.agrees_with(chat.generate("And then?", mode=mode, max_new_tokens=12).token_ids)  # type: ignore[arg-type]
 
 
-def test_a_server_killed_in_mode_split_changes_nothing(pair: Pair) -> None:
+def test_a_server_killed_in_mode_split_changes_nothing(tiny_pair: Pair) -> None:
     sampling = SamplingSettings(temperature=1.0, seed=5)
-    with serving(pair.bundle) as server, Client(pair.bundle, server.address) as client:
+    with serving(tiny_pair.bundle) as server, Client(tiny_pair.bundle, server.address) as client:
         prompt = client.tokenizer.encode_chat([{"role": "user", "content": "Keep going."}])
-        expected = split_target_of(pair).decode(prompt, 40, sampling, client.bundle.tokenizer.eos_token_ids)
+        expected = split_target_of(tiny_pair).decode(prompt, 40, sampling, client.bundle.tokenizer.eos_token_ids)
         assert len(expected.token_ids) > 20
         stream = client.stream("Keep going.", mode="split", max_new_tokens=40, temperature=1.0, seed=5)
         next(stream)
