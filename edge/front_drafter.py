@@ -31,9 +31,9 @@ class FrontDrafter:
         self, tokens: Sequence[int], num_draft_tokens: int, sampling: SamplingSettings, stop_token_ids: Collection[int]
     ) -> list[int]:
         """Guess one token after another. Raises ContextLengthError when the front's window is full."""
-        guessed = list(tokens)
+        head, guessed = self._head, list(tokens)
         for _ in range(num_draft_tokens):
-            guessed.append(choose(self._head.logits(self._rows.last_row(guessed)), guessed, sampling))
+            guessed.append(choose(head.logits(self._rows.last_row(guessed)), guessed, sampling, head.entries))
             if guessed[-1] in stop_token_ids:
                 break
         return guessed[len(tokens) :]

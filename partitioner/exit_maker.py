@@ -14,14 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from edgecloud.draft_vocab import DRAFT_VOCAB
 from edgecloud.errors import ConfigError, ModelError
 from edgecloud.kernels.codec import decode, encode
 from edgecloud.partitioner import check, tokenizer_match
-from edgecloud.partitioner.draft_vocab import DRAFT_VOCAB, frequent_ids, write_draft_vocab
 from edgecloud.partitioner.exit_answers import MAX_ANSWER_TOKENS, MIN_PROMPTS, ExitSource, divide
 from edgecloud.partitioner.exit_graph import guesses, write_exit_head
 from edgecloud.partitioner.exit_head import CurvePoint, ExitSettings, Lessons, train_exit_head
 from edgecloud.partitioner.export import GRAPH_FILES
+from edgecloud.partitioner.frequent_tokens import frequent_tokens
 from edgecloud.partitioner.front_check import open_front
 from edgecloud.partitioner.graph import FrontGraph
 from edgecloud.partitioner.inputs import FrontPlan
@@ -80,7 +81,8 @@ class ExitHeadMaker:
         training, held_out = divide(self._answers())
         eos = tokenizer_match.eos_token_ids(self._reference.target)
         sequences = (sample.prompt_ids + sample.continuation_ids for sample in training)
-        kept = torch.tensor(frequent_ids(sequences, settings.num_kept, self._reference.num_tokens, eos))
+        vocab = frequent_tokens(sequences, settings.num_kept, self._reference.num_tokens, eos)
+        kept = torch.tensor(vocab.token_ids)
         head = head_rows(model, kept)
         self._remark("rows of the front and states of the target along the answers")
         graph = open_front(self._folder / GRAPH_FILES[0], [*training, *held_out])
@@ -92,7 +94,7 @@ class ExitHeadMaker:
         write_exit_head(trained, head, scratch / EXIT_HEAD)
         path = quantize_front(scratch / EXIT_HEAD, folder, self._plan.precision)
         shutil.rmtree(scratch)
-        write_draft_vocab(folder, kept.tolist())
+        (folder / DRAFT_VOCAB).write_text(vocab.to_json(), "utf-8")
         wanted = examined.token_ids.numpy()
         report = ExitHeadReport(
             num_kept=len(kept), coverage=float(np.isin(wanted, kept.numpy()).mean()),

@@ -38,6 +38,7 @@ from edgecloud.edge.replicas import RemoteSession, Replicas
 from edgecloud.edge.retry import Retry, Timeout
 from edgecloud.errors import ConfigError, ModelMismatchError
 from edgecloud.kernels.codec import decode, encode
+from edgecloud.kernels.entries import all_entries
 from edgecloud.protocols import Drafter
 from edgecloud.sampling import SamplingSettings
 from edgecloud.types import Round
@@ -282,6 +283,8 @@ def test_no_prompt_id_is_on_the_wire(served: Served, monkeypatch: pytest.MonkeyP
 
 class ShakyHead:
     """An exit head of random weights: as good as a guess, and sometimes right."""
+
+    entries = all_entries(VOCAB_SIZE)
 
     def __init__(self, seed: int) -> None:
         self._weights = np.random.default_rng(seed).normal(size=(32, VOCAB_SIZE)).astype(np.float32)
