@@ -11,6 +11,7 @@ from edgecloud.bundle import is_bundle
 from edgecloud.draft_vocab import DRAFT_VOCAB, DraftVocab
 from edgecloud.errors import BundleError, ConfigError, ModelError
 from edgecloud.kernels.codec import require_codec
+from edgecloud.partitioner.exit_answers import read_exit_source
 from edgecloud.partitioner.export import FrontPrecision, Precision
 from edgecloud.partitioner.model_folder import ModelFolder
 from edgecloud.partitioner.tokenizer_match import eos_token_ids, require_same_tokenizer
@@ -27,6 +28,7 @@ class FrontPlan:
     num_layers: int
     precision: FrontPrecision
     codec: str  # of its rows on the wire
+    exit_head: str | None = None  # what an exit head learns from: a file, or exit_answers.BUILT_IN; None: it gets none
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +57,13 @@ def check_inputs(
     cut: int | None = None,
     front_precision: FrontPrecision = "int8",
     boundary: str = "int8",
+    exit_head: str | None = None,
 ) -> Inputs:
     """Look at everything, write nothing.
 
     Raises:
-        ConfigError: the bundle would replace the model's own folder; a cut out of range, an unknown boundary codec.
+        ConfigError: the bundle would replace the model's own folder; a cut out of range, an unknown boundary codec, an
+            exit head without a cut or with nothing to learn from.
         ModelError: a model folder or the draft's list of tokens cannot be used;
             TokenizerMismatchError: the two do not share a tokenizer.
         BundleError: something else is in the way, or the disk has too little room.
@@ -69,7 +73,9 @@ def check_inputs(
     destination = check_destination(bundle, overwrite)
     if destination in {target.path, drafter.path}:
         raise ConfigError(f"{bundle} is the model's own folder; choose another one for the bundle")
-    front = None if cut is None else _plan_front(target, cut, front_precision, boundary)
+    if cut is None and exit_head is not None:
+        raise ConfigError(f"--exit-head is {exit_head}; it is made for the front of a cut model, give --cut K")
+    front = None if cut is None else _plan_front(target, cut, front_precision, boundary, exit_head)
     num_tokens = require_same_tokenizer(drafter, target)
     vocab = _read_vocab(drafter, target, num_tokens)
     parent = next(folder for folder in destination.parents if folder.exists())
@@ -111,14 +117,16 @@ def _read_vocab(draft: ModelFolder, target: ModelFolder, num_tokens: int) -> Dra
     return vocab
 
 
-def _plan_front(target: ModelFolder, cut: int, precision: FrontPrecision, codec: str) -> FrontPlan:
+def _plan_front(target: ModelFolder, cut: int, precision: FrontPrecision, codec: str, exit_head: str | None) -> FrontPlan:
     num_layers = target.num_layers
     if num_layers < 2:
         raise ModelError(f"{target.path} has {num_layers} layer; a model is cut between two")
     if not 1 <= cut < num_layers:
         raise ConfigError(f"--cut is {cut}; {target.name} has {num_layers} layers and can be cut at 1 to {num_layers - 1}")
     require_codec(codec)
-    return FrontPlan(cut, num_layers, precision, codec)
+    if exit_head is not None:
+        read_exit_source(exit_head, target.vocab_size)
+    return FrontPlan(cut, num_layers, precision, codec, exit_head)
 
 
 def _front_bytes(target: ModelFolder) -> int:

@@ -9,7 +9,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from edgecloud.bundle import MANIFEST, Bundle, DraftInfo, FileInfo, FrontInfo, TargetInfo, TokenizerInfo
+from edgecloud.bundle import MANIFEST, Bundle, DraftInfo, ExitHeadInfo, FileInfo, FrontInfo, TargetInfo, TokenizerInfo
 from edgecloud.draft_vocab import DRAFT_VOCAB
 from edgecloud.errors import BundleError, ModelError
 from edgecloud.fingerprint import sha256_file, tokenizer_fingerprint
@@ -18,12 +18,14 @@ from edgecloud.partitioner.atomic import atomic_folder, link_or_copy
 from edgecloud.partitioner.child import ChildError
 from edgecloud.partitioner.device import measure_device
 from edgecloud.partitioner.download import NO_SPACE
+from edgecloud.partitioner.exit_answers import read_exit_source
+from edgecloud.partitioner.exit_maker import EXIT_HEAD, ExitHeadMaker
 from edgecloud.partitioner.export import GRAPH_FILES, export_graph
 from edgecloud.partitioner.front_maker import FRONT_FOLDER, FrontMaker, graph_bytes
 from edgecloud.partitioner.inputs import Inputs
 from edgecloud.partitioner.model_folder import CLOUD_FILES, ModelFolder
 from edgecloud.partitioner.reference import Reference
-from edgecloud.partitioner.report import PartitionReport, Remark, describe_notes
+from edgecloud.partitioner.report import ExitHeadReport, PartitionReport, Remark, describe_notes
 from edgecloud.partitioner.steps import cached_check, cached_export
 
 DRAFT_FOLDER = "edge/draft"
@@ -86,12 +88,13 @@ def _fill(folder: Path, inputs: Inputs, cache: Path | None, remark: Remark, refe
     front = None if inputs.front is None else FrontMaker(reference, inputs.front, folder, cache, remark)
     if front is not None:
         front.make_and_check()
+    exit_report = _make_exit_head(folder / FRONT_FOLDER, inputs, reference, cache, remark)
     remark("speed and memory of the draft, one thread")
     try:
         device = measure_device(graph)
     except ChildError as error:
         raise ModelError(f"the exported draft does not run: {error}") from error
-    front_report = None if front is None else front.report()
+    front_report = None if front is None else front.report(exit_report)
     remark("checksums")
     files = {
         path.relative_to(folder).as_posix(): FileInfo(sha256_file(path), path.stat().st_size)
@@ -141,6 +144,9 @@ def _fill(folder: Path, inputs: Inputs, cache: Path | None, remark: Remark, refe
             model=f"{FRONT_FOLDER}/{GRAPH_FILES[0]}", cut=front_report.cut, num_layers=front_report.num_layers,
             width=front_report.width, quantization=front_report.precision, codec=front_report.codec,
             max_context_tokens=target.max_context_tokens,
+            exit_head=None if exit_report is None else ExitHeadInfo(
+                f"{FRONT_FOLDER}/{EXIT_HEAD}", f"{FRONT_FOLDER}/{DRAFT_VOCAB}", front_report.precision
+            ),
         ),
     )  # fmt: skip
     (folder / MANIFEST).write_text(bundle.to_json(), "utf-8")
@@ -159,6 +165,14 @@ def _export_draft(folder: Path, inputs: Inputs, fingerprint: str, cache: Path | 
             (exported / name).rename(folder / DRAFT_FOLDER / name)
     shutil.rmtree(exported)
     return folder / DRAFT_FOLDER / GRAPH_FILES[0]
+
+
+def _make_exit_head(front: Path, inputs: Inputs, reference: Reference, cache: Path | None, remark: Remark) -> ExitHeadReport | None:
+    plan = inputs.front
+    if plan is None or plan.exit_head is None:
+        return None
+    source = read_exit_source(plan.exit_head, inputs.target.vocab_size)
+    return ExitHeadMaker(reference, plan, source, front, cache, remark).make()
 
 
 def _check(folder: Path, graph: Path, inputs: Inputs, reference: Reference, remark: Remark) -> tuple[check.Parity, check.Agreement]:

@@ -58,6 +58,22 @@ def cached_front(
     return cached_step(cache, {"step": "front", "models": fingerprints, **what, **made_by}, folder, make)
 
 
+def cached_exit_head(
+    cache: Path | None, fingerprints: tuple[str, ...], plan: FrontPlan, what: dict[str, object], folder: Path,
+    make: Callable[[Path], None],
+) -> bool:  # fmt: skip
+    """A front's exit head, and what was found out about it, in `folder`; `what` it learns from, and how.
+
+    Raises what `make` raises.  -> whether it was in the cache
+    """
+    parts = Path(check.__file__).parent
+    modules = ("front.py", "quantize.py", "frequent_tokens.py", "exit_answers.py", "exit_graph.py", "exit_head.py", "exit_maker.py")
+    code = {name: sha256_file(parts / name) for name in modules}
+    of_front = {"cut": plan.cut, "precision": plan.precision, "codec": plan.codec}
+    made_by = {"code": code, "onnxruntime": version("onnxruntime"), "torch": version("torch"), **_builder()}
+    return cached_step(cache, {"step": "exit head", "models": fingerprints, **of_front, **what, **made_by}, folder, make)
+
+
 def cached_samples(
     cache: Path | None,
     fingerprints: tuple[str, ...],
@@ -65,7 +81,7 @@ def cached_samples(
     scratch: Path,
     run: Callable[[], list[check.Sample]],
 ) -> list[check.Sample]:
-    """The target's answers to the built-in prompts; `fingerprints` are of target and tokenizer. Raises what `run` raises."""
+    """The target's answers to some prompts; `fingerprints` are of target and tokenizer. Raises what `run` raises."""
 
     def make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
     bundle.json   schema version, pair id, fingerprints, SHA-256 of every file
     edge/draft/   model.onnx, model.onnx.data, tokenizer.json, chat_template.jinja, draft_vocab.json if its head is trimmed
-    edge/front/   model.onnx, model.onnx.data: the target's first layers, for mode `split`
+    edge/front/   model.onnx, model.onnx.data: the target's first layers, for mode `split`; exit_head.onnx, by which they draft
     cloud/        the target as a Hugging Face folder
 
 The device needs bundle.json and edge/ only. Nothing in a bundle is executed and no path leaves it.
@@ -63,6 +63,15 @@ class DraftInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class ExitHeadInfo:
+    """What makes a drafter of a front: from a row, as the service decodes it, to logits of the tokens that it may propose."""
+
+    model: str  # path of the graph inside the bundle
+    vocab: str  # path of {"token_ids": [...]}: a token for each of its logits
+    quantization: str  # int4, int8, fp32
+
+
+@dataclass(frozen=True, slots=True)
 class FrontInfo:
     """The target's embedding and first layers for the device, an ONNX graph of the draft's form whose output are rows."""
 
@@ -73,6 +82,7 @@ class FrontInfo:
     quantization: str  # int4, int8, fp16, fp32
     codec: str  # kernels/codec.py: how rows travel
     max_context_tokens: int
+    exit_head: ExitHeadInfo | None = None  # None: in mode `split` the draft model drafts
 
     def __post_init__(self) -> None:
         if not 1 <= self.cut < self.num_layers:
@@ -124,8 +134,10 @@ class Bundle:
         content = read_manifest(folder, "text")
         for key, part in (("target", TargetInfo), ("draft", DraftInfo), ("tokenizer", TokenizerInfo)):
             content[key] = build(part, content.get(key), key, manifest)
-        if content.get("front") is not None:
-            content["front"] = build(FrontInfo, content["front"], "front", manifest)
+        if (front := content.get("front")) is not None:
+            if isinstance(front, dict) and front.get("exit_head") is not None:
+                front["exit_head"] = build(ExitHeadInfo, front["exit_head"], "front.exit_head", manifest)
+            content["front"] = build(FrontInfo, front, "front", manifest)
         bundle = build(cls, {**content, "path": folder}, "", manifest)
         bundle._check_paths()
         return bundle
@@ -184,8 +196,10 @@ class Bundle:
                 f"{self.path / MANIFEST}: the front is cut at {self.front.cut}, cut_points are {self.cut_points}; {AGAIN}"
             )
         read_on_device = [self.draft.model, self.tokenizer.path]
-        front_model = None if self.front is None else self.front.model
-        named = (self.tokenizer.chat_template, front_model, self.draft.vocab)
+        named = [self.tokenizer.chat_template, self.draft.vocab]
+        if self.front is not None:
+            head = self.front.exit_head
+            named += [self.front.model, *([] if head is None else [head.model, head.vocab])]
         read_on_device += [name for name in named if name is not None]
         check_listed(self.path, read_on_device, self.files)
         check_below(self.path, read_on_device, "edge")
@@ -198,6 +212,7 @@ __all__ = [
     "Bundle",
     "BundleError",
     "DraftInfo",
+    "ExitHeadInfo",
     "FileInfo",
     "FrontInfo",
     "TargetInfo",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Unpack, get_args
 from edgecloud.bundle import Bundle
 from edgecloud.edge.collaborate import collaborate
 from edgecloud.edge.controller import Controller
-from edgecloud.edge.estimates import Estimates, LinkEstimate
+from edgecloud.edge.estimates import DeviceEstimate, Estimates, LinkEstimate
 from edgecloud.edge.local import decode_locally
 from edgecloud.edge.pilot import Pilot, Step
 from edgecloud.edge.plan import Fixed, Plan, Planner
@@ -107,6 +107,7 @@ class Client:
         self._graph_client: GraphClient | None = None
         self._tokenizer: ChatTokenizer | None = None
         self._drafter: Drafter | None = None
+        self._front_drafter: Drafter | None = None
         self._replicas: Replicas | None = None
         self._service: Service | None = None
         self._front: FrontRows | None = None
@@ -254,7 +255,7 @@ class Client:
             self._replicas.close()
         if self._graph_client is not None:
             self._graph_client.close()
-        self._replicas = self._drafter = self._front = self._graph_client = None
+        self._replicas = self._drafter = self._front = self._front_drafter = self._graph_client = None
 
     def __enter__(self) -> Client:
         return self
@@ -346,7 +347,7 @@ class Client:
         try:
             way = self._way(options)
             pilot, meet = self._pilot(tokens, options, end_s, way)
-            device, sampling = self._device(), options.sampling
+            device, sampling = way.drafter or self._device(), options.sampling
             yield from collaborate(pilot, device, remote, sampling, stop_token_ids, way.estimates, meet, way.new_courier)
         except ModelMismatchError:  # another model was started at that address since the handshake
             self._service = None
@@ -361,7 +362,8 @@ class Client:
             return whole_way(self._estimates, time.monotonic())
         front, service = check_split(options, self.bundle), self.describe()
         check_tail(front, service, self._connection().address)
-        return split_way(self._front_rows(front), self._split_estimates, service, time.monotonic())
+        rows, head = self._front_rows(front), self._exit_head(front)
+        return split_way(rows, head, self._split_estimates, service, time.monotonic())
 
     def _pilot(
         self, tokens: list[int], options: GenerationOptions, end_s: float | None, way: Way
@@ -440,6 +442,21 @@ class Client:
                 model = FrontModel(self.bundle.file(info.model), self._window(), self._num_threads)
                 self._front = FrontRows(model, info.cut, info.codec)
             return self._front
+
+    def _exit_head(self, info: FrontInfo) -> Drafter | None:
+        """The front as a drafter, if the bundle has a head for it: then the draft model is not loaded."""
+        head = info.exit_head
+        with self._loading:
+            if head is not None and self._front_drafter is None:
+                from edgecloud.edge.exit_head import ExitHead
+                from edgecloud.edge.front_drafter import FrontDrafter
+
+                graph, vocab = self.bundle.file(head.model), self.bundle.file(head.vocab)
+                vocab_size, num_threads = self.bundle.target.vocab_size, self._num_threads
+                rows = self._front_rows(info)
+                self._split_estimates.device = DeviceEstimate()  # its steps are not the draft model's
+                self._front_drafter = FrontDrafter(rows, lambda: ExitHead(graph, vocab, vocab_size, num_threads))
+            return self._front_drafter
 
     def _cloud(self, address: str) -> Cloud:
         if bundle_kind(self._path) == "text":
