@@ -11,7 +11,7 @@ from virtual_device import VirtualDevice
 from virtual_link import VirtualLink, later
 
 from edgecloud.edge.estimates import Estimates
-from edgecloud.edge.pilot import (
+from edgecloud.edge.happenings import (
     Action,
     Cancel,
     Decode,
@@ -22,12 +22,11 @@ from edgecloud.edge.pilot import (
     Judged,
     Meet,
     Met,
-    Pilot,
-    Step,
     Streamed,
     Tick,
     Verify,
 )
+from edgecloud.edge.pilot import Pilot, Step
 from edgecloud.errors import CloudUnavailableError, ContextMissingError
 from edgecloud.tokens import common_prefix
 from edgecloud.types import CallCost, Verdict

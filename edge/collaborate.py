@@ -11,22 +11,8 @@ from queue import Empty, SimpleQueue
 
 from edgecloud.edge.courier import Courier, Letter
 from edgecloud.edge.estimates import Estimates
-from edgecloud.edge.pilot import (
-    Action,
-    Cancel,
-    Decode,
-    Draft,
-    Drafted,
-    Failed,
-    Happening,
-    Hedge,
-    Meet,
-    Met,
-    Pilot,
-    Step,
-    Tick,
-    Verify,
-)
+from edgecloud.edge.happenings import Action, Cancel, Decode, Draft, Drafted, Failed, Happening, Hedge, Meet, Met, Tick, Verify
+from edgecloud.edge.pilot import Pilot, Step
 from edgecloud.edge.replicas import RemoteSession
 from edgecloud.errors import CloudError, DeadlineExceededError
 from edgecloud.protocols import Drafter

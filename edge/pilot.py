@@ -18,6 +18,22 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from edgecloud.edge.happenings import (
+    Action,
+    Cancel,
+    Decode,
+    Draft,
+    Drafted,
+    Failed,
+    Happening,
+    Hedge,
+    Judged,
+    Meet,
+    Met,
+    Streamed,
+    Tick,
+    Verify,
+)
 from edgecloud.edge.plan import Plan, Planner
 from edgecloud.edge.retry import Retry
 from edgecloud.errors import CloudError, CloudOverloadedError, CloudUnavailableError, ContextMissingError, DeadlineExceededError
@@ -26,110 +42,6 @@ from edgecloud.types import CallCost, CloudBack, CloudLost, Guess, LossPolicy, M
 
 TICK_S = 1e-6  # clocks are told apart to this: rounding must not wake the pilot again and again at one moment
 Step = Round | Guess | ModeChanged | CloudLost | CloudBack
-
-
-# What happened
-
-
-@dataclass(frozen=True, slots=True)
-class Drafted:
-    """The drafter's guess, answer to `Draft`."""
-
-    version: int
-    token_id: int
-
-
-@dataclass(frozen=True, slots=True)
-class Met:
-    """The handshake has succeeded: calls may be made, with drafts of so many tokens at most."""
-
-    max_draft_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Judged:
-    """A verdict, answer to `Verify`."""
-
-    call: int
-    verdict: Verdict
-
-
-@dataclass(frozen=True, slots=True)
-class Streamed:
-    """Tokens of a stream, answer to `Decode`; `start` tokens are before them."""
-
-    call: int
-    start: int
-    token_ids: list[int]
-    cost: CallCost
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """A call, or the handshake (`call` is None), has come to nothing."""
-
-    call: int | None
-    error: CloudError
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """Time has passed."""
-
-
-Happening = Drafted | Met | Judged | Streamed | Failed | Tick
-
-
-# What to do
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """Guess the token that follows `tokens`."""
-
-    version: int
-    tokens: list[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Meet:
-    """Make the handshake."""
-
-
-@dataclass(frozen=True, slots=True)
-class Verify:
-    """Have `draft_ids` verified. The service has the first `num_assumed` tokens if the flight before ends as guessed."""
-
-    call: int
-    tokens: list[int]
-    draft_ids: list[int]
-    num_assumed: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Decode:
-    """Have up to so many tokens streamed."""
-
-    call: int
-    tokens: list[int]
-    max_new_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Hedge:
-    """An answer is late: ask another service, too, if there is one. The first answer counts."""
-
-    call: int
-
-
-@dataclass(frozen=True, slots=True)
-class Cancel:
-    """Nobody waits for this call any more."""
-
-    call: int
-
-
-Action = Draft | Meet | Verify | Decode | Hedge | Cancel
 
 
 class Patience(Protocol):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from edgecloud.edge.pilot import (
+from edgecloud.edge.happenings import (
     Action,
     Cancel,
     Decode,
@@ -19,11 +19,11 @@ from edgecloud.edge.pilot import (
     Hedge,
     Judged,
     Met,
-    Pilot,
     Streamed,
     Tick,
     Verify,
 )
+from edgecloud.edge.pilot import Pilot
 from edgecloud.edge.plan import Fixed, Plan
 from edgecloud.edge.retry import Retry, Timeout
 from edgecloud.errors import CloudAuthError, CloudUnavailableError, ContextMissingError
