@@ -16,6 +16,7 @@ class Drafted:
 
     version: int
     token_id: int
+    score: float = 0.0  # probability that the draft gives its own most likely token; not asked for: 0
 
 
 @dataclass(frozen=True, slots=True)
