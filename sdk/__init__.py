@@ -42,9 +42,22 @@ if TYPE_CHECKING:
     )
     from edgecloud.graph_bundle import GraphBundle
     from edgecloud.inference import InferenceMetrics, InferenceReply
+    from edgecloud.quality import CloudShare, Risk
     from edgecloud.sampling import SamplingSettings
     from edgecloud.session import Session
-    from edgecloud.types import CloudBack, CloudLost, Metrics, ModeChanged, ModeSpan, Reply, Retract, Service, TokenEvent, Usage
+    from edgecloud.types import (
+        CloudBack,
+        CloudLost,
+        Metrics,
+        ModeChanged,
+        ModeSpan,
+        Reply,
+        Retract,
+        RiskAlarm,
+        Service,
+        TokenEvent,
+        Usage,
+    )
 
 _HOMES = {
     "AsyncClient": "aio",
@@ -61,6 +74,7 @@ _HOMES = {
     "CloudLost": "types",
     "CloudOverloadedError": "errors",
     "CloudRefusedError": "errors",
+    "CloudShare": "quality",
     "CloudUnavailableError": "errors",
     "ConfigError": "errors",
     "ContextLengthError": "errors",
@@ -79,6 +93,8 @@ _HOMES = {
     "ProtocolError": "errors",
     "Reply": "types",
     "Retract": "types",
+    "Risk": "quality",
+    "RiskAlarm": "types",
     "SamplingSettings": "sampling",
     "ServerError": "errors",
     "Service": "types",
@@ -106,6 +122,7 @@ __all__ = [
     "CloudLost",
     "CloudOverloadedError",
     "CloudRefusedError",
+    "CloudShare",
     "CloudUnavailableError",
     "ConfigError",
     "ContextLengthError",
@@ -124,6 +141,8 @@ __all__ = [
     "ProtocolError",
     "Reply",
     "Retract",
+    "Risk",
+    "RiskAlarm",
     "SamplingSettings",
     "ServerError",
     "Service",

@@ -9,7 +9,7 @@ Mode = Literal["edge", "cloud", "speculative", "split", "cascade"]  # how a toke
 ModeChoice = Literal["auto", "edge", "cloud", "speculative", "split", "cascade"]  # what a caller may ask for
 Objective = Literal["latency", "cost", "balanced", "offline-first"]  # what mode "auto" makes little of
 Preference = Literal["order", "latency"]  # of several services
-LossPolicy = Literal["continue", "wait", "fail"]  # what mode "auto" does when the cloud is silent
+LossPolicy = Literal["continue", "wait", "fail"]  # what modes "auto" and "cascade" do when the cloud is silent
 TokenStatus = Literal["provisional", "final", "unverified"]
 ExitScope = Literal[
     "token", "before", "after"
