@@ -11,8 +11,8 @@ import typer
 from edgecloud.errors import ConfigError, EdgecloudError
 
 COMMANDS = (
-    "fetch", "partition", "partition_graph", "inspect", "verify", "serve", "health", "token", "generate", "run", "link", "profile",
-    "bench", "demo",
+    "fetch", "partition", "partition_graph", "inspect", "verify", "calibrate", "serve", "health", "token", "generate", "run",
+    "link", "profile", "bench", "demo",
 )  # fmt: skip
 
 app = typer.Typer(
