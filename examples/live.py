@@ -28,7 +28,9 @@ class Answer:
         match event:
             case edgecloud.TokenEvent(text, token_ids, "provisional"):
                 self.guesses += [text, *[""] * (len(token_ids) - 1)]
-            case edgecloud.TokenEvent(text, token_ids, "final"):  # confirms as many guesses, and adds what was not shown
+            case edgecloud.TokenEvent(
+                text, token_ids, "final" | "unverified"
+            ):  # confirms as many guesses, and adds what was not shown
                 self.final += "".join(self.guesses[: len(token_ids)]) + text
                 del self.guesses[: len(token_ids)]
             case edgecloud.Retract(num_tokens, _):
