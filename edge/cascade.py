@@ -139,9 +139,8 @@ class CascadePilot(Pilot):
         run = self.tokens[flight.start :]  # skipped, and sent as part of the draft to be checked
         ids = [*flight.draft_ids[: verdict.num_accepted], verdict.next_token_id]
         same = self._compare(run, ids)
-        self._chosen = (
-            ids[same:] if same == len(run) else []
-        )  # behind a token that is not the target's, its choice is for another text
+        # Behind a token that is not the target's, its choice is for another text.
+        self._chosen = ids[same:] if same == len(run) else []
         self._unchecked = len(self.tokens)
         self._opened, self._backlog = True, False
         self._advance(_Told(len(flight.draft_ids) - len(run), max(0, verdict.num_accepted - len(run)), verdict.cost))
@@ -183,7 +182,7 @@ class CascadePilot(Pilot):
 
     def _escalate(self, plan: Plan, now_s: float) -> None:
         """One flight at a time, from the first unsure guess on."""
-        if self._flights or not self.tail or self._chosen:
+        if self._flights or not self.tail:
             return
         most = min(self._max_draft, self._end - len(self.tokens) - 1)
         draft: list[int] = []

@@ -1,7 +1,9 @@
-"""Answer without the cloud where the device is sure, at a stated risk. What nobody verified is underlined.
+"""Answer without the cloud where the device is sure, at a stated risk.
 
 edgecloud calibrate build/smol --prompts prompts.txt --risk 0.05
 python examples/cascade.py build/smol --cloud 127.0.0.1:7070 --risk 0.05
+
+What nobody verified is underlined.
 """
 
 from __future__ import annotations
