@@ -135,7 +135,8 @@ class Client:
     def stream(self, prompt: Prompt, *, raw: bool = False, **options: Unpack[GenerationKeywords]) -> GenerationStream:
         """The same, event by event. Closing the stream frees the service's session. Raises as `generate`."""
         idle = self._estimates.link.sent_to_idle(time.monotonic())
-        if idle and options.get("mode") != "edge" and self._replicas is not None:
+        alone = options.get("mode") == "edge" or options.get("quality") == "offline"
+        if idle and not alone and self._replicas is not None:
             self._replicas.warm()  # while the prompt becomes tokens
         if isinstance(prompt, str) and raw:
             tokens = self.tokenizer.encode(prompt)
