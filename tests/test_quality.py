@@ -17,6 +17,7 @@ from edgecloud import CloudShare, Risk, RiskAlarm
 from edgecloud.aio import AsyncClient
 from edgecloud.bundle import Bundle
 from edgecloud.calibration import Calibration, ExitRule, ShareRule
+from edgecloud.cli.app import run
 from edgecloud.client import Client
 from edgecloud.cost import Exited, cascaded
 from edgecloud.edge.controller import Controller
@@ -217,6 +218,23 @@ BAD_QUALITIES: list[tuple[Any, tuple[Any, ...]]] = [
 def test_a_quality_checks_itself(kind: Any, arguments: tuple[Any, ...]) -> None:
     with pytest.raises(ConfigError, match="takes"):
         kind(*arguments)
+
+
+def test_the_command_line_takes_a_risk_a_share_or_a_word(
+    calibrated: Path, tiny_server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["generate", str(calibrated), PROMPT, "--cloud", tiny_server.address, "--raw", "--json", "--max-new-tokens", "8"]
+    assert run([*asked, "--mode", "cascade", "--risk", "0.5", "--threads", "1"]) == 0
+    assert json.loads(capsys.readouterr().out)["unverified_spans"] == [[0, 8]]
+    assert run([*asked, "--cloud-share", "1.0", "--scope", "after", "--threads", "1"]) == 0
+    assert json.loads(capsys.readouterr().out)["unverified_spans"] == []
+    for wrong, complaint in (
+        (["--risk", "0.5", "--quality", "exact"], "--quality and --risk are given"),
+        (["--scope", "after"], "--scope is after"),
+        (["--risk", "0.3"], "edgecloud calibrate"),
+    ):
+        assert run([*asked, *wrong]) != 0
+        assert complaint in capsys.readouterr().err
 
 
 # When the risk is no longer believed
