@@ -28,7 +28,8 @@ class ModelDrafter:
         """Guess one token after another. Raises ContextLengthError when the draft model's window is full."""
         guessed = list(tokens)
         for _ in range(num_draft_tokens):
-            guessed.append(choose(self._model.extend_to(guessed)[: self._vocab_size], guessed, sampling))
+            logits = self._model.extend_to(guessed)[: self._vocab_size]
+            guessed.append(choose(logits, guessed, sampling, self._model.entries))
             if guessed[-1] in stop_token_ids:
                 break
         return guessed[len(tokens) :]
@@ -36,4 +37,4 @@ class ModelDrafter:
     def guess(self, tokens: Sequence[int], sampling: SamplingSettings) -> tuple[int, float]:
         """One token, and the probability of the most likely one. Raises as `draft`."""
         logits = self._model.extend_to(list(tokens))[: self._vocab_size]
-        return choose(logits, tokens, sampling), top_probability(logits, sampling)
+        return choose(logits, tokens, sampling, self._model.entries), top_probability(logits, sampling)

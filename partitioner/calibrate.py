@@ -17,7 +17,7 @@ from edgecloud.bundle import MANIFEST, Bundle
 from edgecloud.calibration import Calibration, ExitRule, Scope, ShareRule
 from edgecloud.errors import BundleError, ConfigError
 from edgecloud.partitioner import check
-from edgecloud.partitioner.choosers import GraphGuesser, TorchChooser
+from edgecloud.partitioner.choosers import GraphGuesser, TorchChooser, rows_of_head
 from edgecloud.partitioner.download import fsync_folder
 from edgecloud.partitioner.exit_rules import MIN_PROMPTS, exit_rule, exits_by_threshold, share_rule
 from edgecloud.partitioner.graph import DraftGraph
@@ -129,12 +129,13 @@ class Pair:
     ) -> list[Record]:
         """Roll every prompt out. What was recorded before, by the same models under the same settings, is read."""
         longest = max(len(prompt) for prompt in prompts) + max_new_tokens + 1
-        graph = DraftGraph(self._bundle.file(self._bundle.draft.model), longest, num_threads=2)
+        model = self._bundle.file(self._bundle.draft.model)
+        graph, token_ids = DraftGraph(model, longest, num_threads=2), rows_of_head(model)
 
         def measure(prompt: Sequence[int]) -> Record:
             # Noise is shared by draft and target, and is another for each prompt.
             sampling = SamplingSettings(temperature=temperature, seed=int(prompt_key(prompt)[:8], 16))
-            guesser = GraphGuesser(graph, self._num_tokens, sampling)
+            guesser = GraphGuesser(graph, self._num_tokens, sampling, token_ids)
             chooser = TorchChooser(self._model, self._num_tokens, sampling)
             rollouts = Rollouts(prompt, guesser, chooser, max_new_tokens, self._bundle.tokenizer.eos_token_ids)
             if sampling.greedy and (answer := self._answers.get(tuple(prompt))):

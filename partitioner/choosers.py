@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,28 +16,48 @@ from edgecloud.partitioner.graph import DraftGraph
 from edgecloud.sampling import SamplingSettings
 from edgecloud.tokens import common_prefix
 
+DRAFT_VOCAB = "draft_vocab.json"  # beside a graph whose head has rows for some tokens only
+
+
+def rows_of_head(graph: Path) -> list[int] | None:
+    """The tokens of a trimmed head, ascending; None where it has all. Raises ModelError."""
+    file = graph.with_name(DRAFT_VOCAB)
+    if not file.exists():
+        return None
+    try:
+        return [int(token) for token in json.loads(file.read_text("utf-8"))["token_ids"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{file} does not tell the tokens of the draft's head: {error!r}; make the bundle again") from error
+
 
 class GraphGuesser:
     """The exported draft; implements `rollout.Guesser`. Raises ModelError: its logits are not finite."""
 
-    def __init__(self, graph: DraftGraph, num_tokens: int, sampling: SamplingSettings) -> None:
-        """`num_tokens` are the tokenizer's; a padded vocabulary has more."""
+    def __init__(
+        self, graph: DraftGraph, num_tokens: int, sampling: SamplingSettings, token_ids: Sequence[int] | None = None
+    ) -> None:
+        """`num_tokens` are the tokenizer's; a padded vocabulary has more. `token_ids` are the rows' of a trimmed head."""
         self._graph = graph
         self._num_tokens = num_tokens
         self._sampling = sampling
+        self._ids = None if token_ids is None else np.asarray(token_ids, np.int64)
         self._tokens: list[int] = []  # whose keys and values are in the graph's buffers
 
     def guess(self, tokens: Sequence[int]) -> tuple[int, float]:
         """The coupled choice from the draft's logits, and the probability of its most likely token."""
         keep = min(common_prefix(self._tokens, tokens), len(tokens) - 1)
         self._graph.crop_to(keep)
-        logits = self._graph.extend(tokens[keep:])[: self._num_tokens]
+        logits = self._graph.extend(tokens[keep:])[: self._num_tokens if self._ids is None else len(self._ids)]
         self._tokens = list(tokens)
         if not np.isfinite(logits).all():
             raise ModelError("the draft yields logits that are not finite; verify the bundle, or make it again")
         warmth = 1.0 if self._sampling.greedy else self._sampling.temperature
         weights = np.exp((logits.astype(np.float64) - logits.max()) / warmth)
-        return choose(logits, tokens, self._sampling), float(1.0 / weights.sum())
+        score = float(1.0 / weights.sum())
+        if self._ids is not None:
+            trimmed, logits = logits, np.full(self._num_tokens, -np.inf, np.float32)
+            logits[self._ids] = trimmed
+        return choose(logits, tokens, self._sampling), score
 
 
 class TorchChooser:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+from scipy.special import stdtr
 
-NUM_BETS = 40
+NUM_BETS = 16
 MOST_OF_A_BET = 0.95  # of what could lose everything to one loss of 1
 PRIOR_WEIGHT = 1e-3  # of a loss of 0 that the first bet is made on: it decides only while nothing was seen
 NEEDED_FACTOR = 1.2  # prompts needed beside what growth says: a bet has to learn
@@ -99,7 +99,7 @@ def ratio_p_value(diverged: Counts, skipped: Counts, risk: float) -> float:
     if len(excess) < 2 or excess.mean() >= 0:
         return 1.0
     spread = excess.std(ddof=1) / math.sqrt(len(excess))
-    return 0.0 if spread == 0 else float(stats.t.sf(-excess.mean() / spread, len(excess) - 1))
+    return 0.0 if spread == 0 else float(stdtr(len(excess) - 1, excess.mean() / spread))
 
 
 def fixed_sequence(p_values: Iterable[float], delta: float) -> int | None:

@@ -87,13 +87,9 @@ class Calibration:
     @classmethod
     def from_dict(cls, content: dict[str, Any], manifest: Path = Path(MANIFEST)) -> Calibration:
         """Read what `to_dict` wrote. Raises BundleCorruptError: a field is missing, unknown, or of another type or range."""
-        entry = dict(content)
-        rules = [
-            {**rule, "curve": build_list(CurvePoint, rule.get("curve"), "calibration.rules.curve", manifest)}
-            if isinstance(rule, dict)
-            else rule
-            for rule in entry.get("rules") or []
-        ]
+        entry, rules = dict(content), content.get("rules")
+        if isinstance(rules, list):
+            rules = [_with_curve(rule, manifest) if isinstance(rule, dict) else rule for rule in rules]
         entry["rules"] = build_list(ExitRule, rules, "calibration.rules", manifest)
         entry["shares"] = build_list(ShareRule, entry.get("shares"), "calibration.shares", manifest)
         return build(cls, entry, "calibration", manifest)
@@ -173,6 +169,10 @@ class Calibration:
                 f"{rule.num_prompts} prompts do not show that it holds, {needed}; calibrated are {_pairs(sorted(others), 'risk')}"
             )
         return rule.threshold
+
+
+def _with_curve(rule: dict[str, Any], manifest: Path) -> dict[str, Any]:
+    return {**rule, "curve": build_list(CurvePoint, rule.get("curve"), "calibration.rules.curve", manifest)}
 
 
 def _same(a: float, b: float) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 from edgecloud.errors import BundleCorruptError, BundleKindError, BundleNotFoundError, BundleVersionError
 from edgecloud.fingerprint import sha256_file
 
-SCHEMA_VERSION = 2  # 2: front; what 1 says is read as before
+SCHEMA_VERSION = 3  # 2: front; 3: the draft's vocab; what they say without these is read as before
 MANIFEST = "bundle.json"
 AGAIN = "copy or make the bundle again"
 
