@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgecloud.draft_vocab import DRAFT_VOCAB
 from edgecloud.errors import ModelError, RejectionLogError
 from edgecloud.fingerprint import read_json, tokenizer_fingerprint
-from edgecloud.partitioner.draft_vocab import DRAFT_VOCAB
 from edgecloud.partitioner.model_folder import ModelFolder
 from edgecloud.rejections import Passage, RejectionLog, Segment
 
