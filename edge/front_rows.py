@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -9,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgecloud.errors import ContextLengthError
-from edgecloud.kernels.codec import encode, row_bytes
+from edgecloud.kernels.codec import decode, encode, row_bytes
 from edgecloud.rpc.codec import row_keys
 from edgecloud.tokens import common_prefix
 
@@ -40,6 +41,8 @@ class Front(Protocol):
 class FrontRows:
     """Keeps the rows of the latest log, so that only new tokens go through the front and any row can be sent again.
 
+    A courier and a drafter may ask at the same time; they take turns.
+
     Args:
         front: at the beginning.
         cut: its layers.
@@ -53,13 +56,28 @@ class FrontRows:
         self.row_bytes = row_bytes(codec, front.width)
         self._tokens: list[int] = []
         self._rows: list[Row] = []
+        self._turn = threading.Lock()
 
     def num_missing(self, tokens: Sequence[int]) -> int:
         """Tokens that would have to go through the front."""
-        return len(tokens) - common_prefix(self._tokens, tokens)
+        with self._turn:
+            return len(tokens) - common_prefix(self._tokens, tokens)
 
     def rows(self, tokens: Sequence[int]) -> list[Row]:
         """A row for each of `tokens`. Raises ContextLengthError: more than the front's window; nothing is forgotten."""
+        with self._turn:
+            self._compute(tokens)
+            return self._rows[: len(tokens)]
+
+    def last_row(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """The row of the last of `tokens`, as the service decodes it.  -> [width]. Raises as `rows`."""
+        with self._turn:
+            self._compute(tokens)
+            data = self._rows[len(tokens) - 1].data
+        row: npt.NDArray[np.float32] = decode(np.frombuffer(data, np.uint8)[None], self.codec, self._front.width)[0]
+        return row
+
+    def _compute(self, tokens: Sequence[int]) -> None:
         if len(tokens) > self._front.max_tokens:
             raise ContextLengthError(f"{len(tokens)} tokens do not fit the front's window of {self._front.max_tokens}")
         start = common_prefix(self._tokens, tokens)
@@ -72,4 +90,3 @@ class FrontRows:
             keys = row_keys(data, self.row_bytes, self.cut, self.codec)
             self._rows += [Row(data[i * self.row_bytes : (i + 1) * self.row_bytes], key) for i, key in enumerate(keys)]
             self._tokens += chunk
-        return self._rows[: len(tokens)]

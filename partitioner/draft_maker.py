@@ -14,11 +14,12 @@ import torch
 from transformers import PreTrainedModel
 
 from edgecloud.answers import Answer
+from edgecloud.draft_vocab import DRAFT_VOCAB
 from edgecloud.errors import ConfigError, ModelError
 from edgecloud.partitioner import check, tokenizer_match
 from edgecloud.partitioner.atomic import atomic_folder
 from edgecloud.partitioner.distill import CurvePoint, Distillation, DistillSettings
-from edgecloud.partitioner.draft_vocab import frequent_ids, write_draft_vocab
+from edgecloud.partitioner.frequent_tokens import frequent_tokens
 from edgecloud.partitioner.lessons import Lessons
 from edgecloud.partitioner.model_folder import CLOUD_FILES, ModelFolder
 from edgecloud.partitioner.report import Remark
@@ -76,8 +77,8 @@ def make_draft(
     remark(f"the target reads {lessons.num_positions} positions of {len(answers)} answers; what it has read before is kept")
     lessons.prepare(model, read)
     always = tokenizer_match.eos_token_ids(target)
-    kept = frequent_ids((answer.ids for answer in answers), settings.num_kept, target.vocab_size, always)
-    student = Student(model, settings.layers, torch.tensor(kept, device=model.device))
+    kept = frequent_tokens((answer.ids for answer in answers), settings.num_kept, target.vocab_size, always)
+    student = Student(model, settings.layers, torch.tensor(kept.token_ids, device=model.device))
     distillation = Distillation(model, student, lessons, settings, work)
     remark(f"learning from {distillation.num_training} answers, examined by {distillation.num_examined} of other prompts")
     curve = distillation.run(learnt)
@@ -89,7 +90,7 @@ def make_draft(
         num_answers=len(answers),
         num_answer_tokens=sum(len(answer.answer_ids) for answer in answers),
         answers_sha256=_digest(answers),
-        coverage=round(_coverage(answers, set(kept)), 4),
+        coverage=round(_coverage(answers, set(kept.token_ids)), 4),
         agreement=max(point.agreement for point in curve),
         curve=[asdict(point) for point in curve],
     )
@@ -98,7 +99,7 @@ def make_draft(
         for name in CLOUD_FILES:
             if name not in OWN_FILES and (target.path / name).is_file():
                 shutil.copyfile(target.path / name, folder / name)
-        write_draft_vocab(folder, kept)
+        (folder / DRAFT_VOCAB).write_text(kept.to_json(), "utf-8")
         (folder / RECORD).write_text(json.dumps(report.to_dict(), indent=1) + "\n", "utf-8")
     return report
 

@@ -17,7 +17,7 @@ from edgecloud.partitioner.front_check import FrontQuality, check_front_parity, 
 from edgecloud.partitioner.inputs import FrontPlan
 from edgecloud.partitioner.quantize import quantize_front
 from edgecloud.partitioner.reference import Reference
-from edgecloud.partitioner.report import FrontReport, Remark
+from edgecloud.partitioner.report import ExitHeadReport, FrontReport, Remark
 from edgecloud.partitioner.steps import CHECKS, cached_front, cached_front_layers
 
 FRONT_FOLDER = "edge/front"
@@ -55,7 +55,7 @@ class FrontMaker:
         self._found = found["width"], Parity(**found["parity"]), qualities
         return qualities
 
-    def report(self) -> FrontReport:
+    def report(self, exit_head: ExitHeadReport | None = None) -> FrontReport:
         """What was found, and speed and memory here. Raises ModelError if the graph does not run in a process of its own."""
         assert self._found is not None, "make_and_check comes first"
         self._remark("speed and memory of the front, one thread")
@@ -66,7 +66,7 @@ class FrontMaker:
         plan, (width, parity, qualities) = self._plan, self._found
         return FrontReport(
             plan.cut, plan.num_layers, plan.precision, plan.codec, width, graph_bytes(self._graph), parity,
-            qualities[plan.codec], device, qualities,
+            qualities[plan.codec], device, qualities, exit_head,
         )  # fmt: skip
 
     def _make(self, folder: Path) -> None:

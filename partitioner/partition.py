@@ -9,7 +9,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from edgecloud.bundle import MANIFEST, Bundle, DraftInfo, FileInfo, FrontInfo, TargetInfo, TokenizerInfo
+from edgecloud.bundle import MANIFEST, Bundle, DraftInfo, ExitHeadInfo, FileInfo, FrontInfo, TargetInfo, TokenizerInfo
+from edgecloud.draft_vocab import DRAFT_VOCAB
 from edgecloud.errors import BundleError, ModelError
 from edgecloud.fingerprint import sha256_file, tokenizer_fingerprint
 from edgecloud.partitioner import check, tokenizer_match
@@ -17,12 +18,14 @@ from edgecloud.partitioner.atomic import atomic_folder, link_or_copy
 from edgecloud.partitioner.child import ChildError
 from edgecloud.partitioner.device import measure_device
 from edgecloud.partitioner.download import NO_SPACE
+from edgecloud.partitioner.exit_answers import read_exit_source
+from edgecloud.partitioner.exit_maker import EXIT_HEAD, ExitHeadMaker
 from edgecloud.partitioner.export import GRAPH_FILES, export_graph
 from edgecloud.partitioner.front_maker import FRONT_FOLDER, FrontMaker, graph_bytes
 from edgecloud.partitioner.inputs import Inputs
 from edgecloud.partitioner.model_folder import CLOUD_FILES, ModelFolder
 from edgecloud.partitioner.reference import Reference
-from edgecloud.partitioner.report import PartitionReport, Remark, describe_notes
+from edgecloud.partitioner.report import ExitHeadReport, PartitionReport, Remark, describe_notes
 from edgecloud.partitioner.steps import cached_check, cached_export
 
 DRAFT_FOLDER = "edge/draft"
@@ -69,12 +72,15 @@ def _fill(folder: Path, inputs: Inputs, cache: Path | None, remark: Remark, refe
     draft_fingerprint = target_fingerprint if draft.path == target.path else draft.fingerprint()
     (folder / DRAFT_FOLDER).mkdir(parents=True)
     graph = _export_draft(folder, inputs, draft_fingerprint, cache, remark)
+    if inputs.vocab is not None:
+        (folder / DRAFT_FOLDER / DRAFT_VOCAB).write_text(inputs.vocab.to_json(), "utf-8")
     _copy_target(target, folder / "cloud")
     tokenizer = _write_tokenizer(folder, target)
     parity, agreement = cached_check(
         cache,
         (target_fingerprint, draft_fingerprint, tokenizer.fingerprint),
         inputs.precision,
+        inputs.vocab,
         folder / "checks",
         lambda: _check(folder, graph, inputs, reference, remark),
     )
@@ -82,21 +88,23 @@ def _fill(folder: Path, inputs: Inputs, cache: Path | None, remark: Remark, refe
     front = None if inputs.front is None else FrontMaker(reference, inputs.front, folder, cache, remark)
     if front is not None:
         front.make_and_check()
+    exit_report = _make_exit_head(folder / FRONT_FOLDER, inputs, reference, cache, remark)
     remark("speed and memory of the draft, one thread")
     try:
         device = measure_device(graph)
     except ChildError as error:
         raise ModelError(f"the exported draft does not run: {error}") from error
-    front_report = None if front is None else front.report()
+    front_report = None if front is None else front.report(exit_report)
     remark("checksums")
     files = {
         path.relative_to(folder).as_posix(): FileInfo(sha256_file(path), path.stat().st_size)
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+    described = [inputs.precision] + ([] if inputs.vocab is None else [inputs.vocab.fingerprint()])
     report = PartitionReport(
         bundle=str(inputs.destination),
-        pair_id=_pair_id(target_fingerprint, draft_fingerprint, tokenizer.fingerprint, inputs.precision),
+        pair_id=_pair_id(target_fingerprint, draft_fingerprint, tokenizer.fingerprint, *described),
         target_name=target.name,
         draft_name=draft.name,
         precision=inputs.precision,
@@ -111,6 +119,7 @@ def _fill(folder: Path, inputs: Inputs, cache: Path | None, remark: Remark, refe
         device=device,
         notes=describe_notes(target, draft, inputs),
         front=front_report,
+        num_kept_ids=None if inputs.vocab is None else len(inputs.vocab),
     )
     bundle = Bundle(
         path=folder,
@@ -125,6 +134,7 @@ def _fill(folder: Path, inputs: Inputs, cache: Path | None, remark: Remark, refe
         draft=DraftInfo(
             name=draft.name, fingerprint=draft_fingerprint, model=f"{DRAFT_FOLDER}/{GRAPH_FILES[0]}",
             quantization=inputs.precision, vocab_size=draft.vocab_size, max_context_tokens=draft.max_context_tokens,
+            vocab=None if inputs.vocab is None else f"{DRAFT_FOLDER}/{DRAFT_VOCAB}",
         ),
         tokenizer=tokenizer,
         files=files,
@@ -134,6 +144,9 @@ def _fill(folder: Path, inputs: Inputs, cache: Path | None, remark: Remark, refe
             model=f"{FRONT_FOLDER}/{GRAPH_FILES[0]}", cut=front_report.cut, num_layers=front_report.num_layers,
             width=front_report.width, quantization=front_report.precision, codec=front_report.codec,
             max_context_tokens=target.max_context_tokens,
+            exit_head=None if exit_report is None else ExitHeadInfo(
+                f"{FRONT_FOLDER}/{EXIT_HEAD}", f"{FRONT_FOLDER}/{DRAFT_VOCAB}", front_report.precision
+            ),
         ),
     )  # fmt: skip
     (folder / MANIFEST).write_text(bundle.to_json(), "utf-8")
@@ -142,9 +155,10 @@ def _fill(folder: Path, inputs: Inputs, cache: Path | None, remark: Remark, refe
 
 
 def _export_draft(folder: Path, inputs: Inputs, fingerprint: str, cache: Path | None, remark: Remark) -> Path:
-    remark(f"exporting the draft as {inputs.precision} ONNX")
+    kept = "" if inputs.vocab is None else f", its head for {len(inputs.vocab)} tokens"
+    remark(f"exporting the draft as {inputs.precision} ONNX{kept}")
     exported = folder / "export"
-    if cached_export(cache, inputs.draft, fingerprint, exported, inputs.precision):
+    if cached_export(cache, inputs.draft, fingerprint, exported, inputs.precision, inputs.vocab):
         remark("it was in the cache")
     for name in GRAPH_FILES:
         if (exported / name).exists():
@@ -153,16 +167,24 @@ def _export_draft(folder: Path, inputs: Inputs, fingerprint: str, cache: Path | 
     return folder / DRAFT_FOLDER / GRAPH_FILES[0]
 
 
+def _make_exit_head(front: Path, inputs: Inputs, reference: Reference, cache: Path | None, remark: Remark) -> ExitHeadReport | None:
+    plan = inputs.front
+    if plan is None or plan.exit_head is None:
+        return None
+    source = read_exit_source(plan.exit_head, inputs.target.vocab_size)
+    return ExitHeadMaker(reference, plan, source, front, cache, remark).make()
+
+
 def _check(folder: Path, graph: Path, inputs: Inputs, reference: Reference, remark: Remark) -> tuple[check.Parity, check.Agreement]:
     target, draft, samples = inputs.target, inputs.draft, reference.samples
     remark("logit parity of an fp32 export with torch")
     draft_model = reference.model if draft.path == target.path else check.load_torch(draft, fp32=True)
     scratch = folder / "parity"
-    unquantized = graph if inputs.precision == "fp32" else export_graph(draft, scratch, "fp32")
-    parity = check.check_parity(draft_model, check.open_graph(unquantized, samples), samples)
+    unquantized = graph if inputs.precision == "fp32" else export_graph(draft, scratch, "fp32", inputs.vocab)
+    parity = check.check_parity(draft_model, check.open_graph(unquantized, samples, inputs.vocab), samples)
     shutil.rmtree(scratch, ignore_errors=True)
     remark("agreement of draft and target")
-    return parity, check.measure_agreement(check.open_graph(graph, samples), samples, inputs.num_tokens)
+    return parity, check.measure_agreement(check.open_graph(graph, samples, inputs.vocab), samples, inputs.num_tokens)
 
 
 def _copy_target(target: ModelFolder, folder: Path) -> None:

@@ -19,7 +19,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from edgecloud.errors import BundleError, ModelError
 from edgecloud.partitioner.child import ChildError, run_module
-from edgecloud.partitioner.export import GRAPH_FILES, FrontPrecision
+from edgecloud.partitioner.export import FrontPrecision
 
 BITS = {"int4": 4, "int8": 8}
 BLOCK = 32  # weights that share a scale
@@ -28,15 +28,15 @@ DOMAIN = "com.microsoft"
 
 
 def quantize_front(graph: Path, folder: Path, precision: FrontPrecision) -> Path:
-    """Write the front in `graph` (fp32) to `folder`.  -> its graph there
+    """Write the front in `graph` (fp32), or its exit head, to `folder` under the same name.  -> its graph there
 
     Raises:
         ModelError: it cannot be quantized; carries the last lines of what was said.
         BundleError: there is no room for it.
     """
-    target = folder / GRAPH_FILES[0]
+    target = folder / graph.name
     if precision == "fp32":
-        for name in GRAPH_FILES:
+        for name in (graph.name, f"{graph.name}.data"):
             shutil.copyfile(graph.with_name(name), folder / name)
         return target
     try:
@@ -129,7 +129,7 @@ def _insert_instead(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
 
 def _main(graph: Path, target: Path, precision: str) -> None:
     model = _narrow(graph) if precision == "fp16" else _in_blocks(graph, BITS[precision])
-    ir.save(model, target, external_data=GRAPH_FILES[1], size_threshold_bytes=0)
+    ir.save(model, target, external_data=f"{target.name}.data", size_threshold_bytes=0)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ class Reference:
     ) -> None:
         """`num_tokens` are the tokenizer's; `fp32` where more than the target's choices is compared."""
         self.target = target
-        self._num_tokens = num_tokens
+        self.num_tokens = num_tokens
         self._max_context_tokens = max_context_tokens
         self._fp32 = fp32
         self._cache = cache
@@ -56,11 +56,11 @@ class Reference:
                 f"{check.NUM_CONTINUATION_TOKENS + 1} are needed"
             )
         models = self.fingerprint, self.tokenizer_fingerprint
-        settings: dict[str, object] = {"room": room, "num_tokens": self._num_tokens, "fp32": self._fp32}
+        settings: dict[str, object] = {"room": room, "num_tokens": self.num_tokens, "fp32": self._fp32}
         with tempfile.TemporaryDirectory() as scratch:
             return cached_samples(self._cache, models, settings, Path(scratch) / "samples", lambda: self._answers(room))
 
     def _answers(self, room: int) -> list[check.Sample]:
         self._remark("the target's answers to the built-in prompts")
         prompts, eos = check.encode_prompts(self.target, room), tokenizer_match.eos_token_ids(self.target)
-        return check.continue_greedily(self.model, prompts, eos, self._num_tokens)
+        return check.continue_greedily(self.model, prompts, eos, self.num_tokens)

@@ -18,6 +18,19 @@ Remark = Callable[[str], None]  # tells a waiting person what is being done
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class ExitHeadReport:
+    """What was found out about the exit head of a front, as it is in the bundle, on answers that it did not learn from."""
+
+    num_kept: int  # tokens that it may propose
+    coverage: float  # share of the target's tokens that are among them
+    agreement: float  # share of positions where its first choice is the target's
+    num_positions: int
+    num_training_positions: int
+    num_bytes: int  # graph, weights and list of tokens
+    curve: list[dict[str, float]]  # exit_head.CurvePoint, before the weights were quantized
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class FrontReport:
     """What was found out about the front of a split target."""
 
@@ -31,6 +44,7 @@ class FrontReport:
     quality: FrontQuality  # of the front and the codec as they are in the bundle
     device: FrontFigures
     codecs: dict[str, FrontQuality]  # the same with every boundary that a plan may take
+    exit_head: ExitHeadReport | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,6 +67,7 @@ class PartitionReport:
     device: DeviceFigures
     notes: list[str]
     front: FrontReport | None = None
+    num_kept_ids: int | None = None  # tokens that the draft may propose; None: all
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,7 +76,7 @@ class PartitionReport:
 
     def checks(self) -> dict[str, Any]:
         """What bundle.json keeps."""
-        kept = ("target_bytes", "draft_bytes", "device_bytes", "parity", "agreement", "device", "notes", "front")
+        kept = ("target_bytes", "draft_bytes", "device_bytes", "parity", "agreement", "device", "notes", "front", "num_kept_ids")
         return {key: value for key, value in self.to_dict().items() if key in kept and value is not None}
 
     def to_table(self) -> Table:
@@ -70,10 +85,11 @@ class PartitionReport:
         table.add_column(style="bold")
         table.add_column()
         parity, agreement, device = self.parity, self.agreement, self.device
+        kept = "" if self.num_kept_ids is None else f", a head for {self.num_kept_ids} tokens"
         rows = {
             "pair": self.pair_id,
             "target": f"{self.target_name}, {_mb(self.target_bytes)}, {self.target_fingerprint[:16]}",
-            "draft": f"{self.draft_name} {self.precision}, {_mb(self.draft_bytes)}, {self.draft_fingerprint[:16]}",
+            "draft": f"{self.draft_name} {self.precision}, {_mb(self.draft_bytes)}, {self.draft_fingerprint[:16]}{kept}",
             "tokenizer": self.tokenizer_fingerprint[:16],
             "on the device": f"{_mb(self.device_bytes)} of files, {_mb(device.peak_rss_bytes)} of memory at the peak",
             "logit parity before quantization": (
@@ -107,6 +123,15 @@ def _front_rows(front: FrontReport | None) -> dict[str, str]:
             f"{quality.agreement:.3f} of {quality.num_positions} tokens, KL {quality.kl_nats:.1e} nats"
         ),
         "front's speed here, one thread": f"{times}; prompt {device.prefill_ms_per_token:.2f} ms a token",
+    } | _exit_rows(front.exit_head)
+
+
+def _exit_rows(head: ExitHeadReport | None) -> dict[str, str]:
+    if head is None:
+        return {}
+    return {
+        "exit head": f"{head.num_kept} tokens, {_mb(head.num_bytes)}, learnt from {head.num_training_positions} tokens of answers",
+        "exit head agrees with the target": f"{head.agreement:.2f} of {head.num_positions} tokens of other answers",
     }
 
 

@@ -1,8 +1,8 @@
 """A bundle: the folder that `edgecloud partition` writes, and what device and cloud may believe of it.
 
     bundle.json   schema version, pair id, fingerprints, SHA-256 of every file
-    edge/draft/   model.onnx, model.onnx.data, tokenizer.json, chat_template.jinja
-    edge/front/   model.onnx, model.onnx.data: the target's first layers, for mode `split`
+    edge/draft/   model.onnx, model.onnx.data, tokenizer.json, chat_template.jinja, draft_vocab.json if its head is trimmed
+    edge/front/   model.onnx, model.onnx.data: the target's first layers, for mode `split`; exit_head.onnx, by which they draft
     cloud/        the target as a Hugging Face folder
 
 The device needs bundle.json and edge/ only. Nothing in a bundle is executed and no path leaves it.
@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from edgecloud.draft_vocab import DraftVocab
 from edgecloud.errors import BundleCorruptError, BundleError
 from edgecloud.manifest import (
     AGAIN,
@@ -56,8 +57,18 @@ class DraftInfo:
     fingerprint: str  # of the Hugging Face folder that it was exported from
     model: str  # path of the graph inside the bundle
     quantization: str  # int4, fp32
-    vocab_size: int  # columns of the logits; may be padded beyond the tokenizer's
+    vocab_size: int  # tokens that it reads; may be padded beyond the tokenizer's
     max_context_tokens: int
+    vocab: str | None = None  # path of the list of tokens that it may propose, draft_vocab.py; None: all that it reads
+
+
+@dataclass(frozen=True, slots=True)
+class ExitHeadInfo:
+    """What makes a drafter of a front: from a row, as the service decodes it, to logits of the tokens that it may propose."""
+
+    model: str  # path of the graph inside the bundle
+    vocab: str  # path of {"token_ids": [...]}: a token for each of its logits
+    quantization: str  # int4, int8, fp32
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +82,7 @@ class FrontInfo:
     quantization: str  # int4, int8, fp16, fp32
     codec: str  # kernels/codec.py: how rows travel
     max_context_tokens: int
+    exit_head: ExitHeadInfo | None = None  # None: in mode `split` the draft model drafts
 
     def __post_init__(self) -> None:
         if not 1 <= self.cut < self.num_layers:
@@ -122,8 +134,10 @@ class Bundle:
         content = read_manifest(folder, "text")
         for key, part in (("target", TargetInfo), ("draft", DraftInfo), ("tokenizer", TokenizerInfo)):
             content[key] = build(part, content.get(key), key, manifest)
-        if content.get("front") is not None:
-            content["front"] = build(FrontInfo, content["front"], "front", manifest)
+        if (front := content.get("front")) is not None:
+            if isinstance(front, dict) and front.get("exit_head") is not None:
+                front["exit_head"] = build(ExitHeadInfo, front["exit_head"], "front.exit_head", manifest)
+            content["front"] = build(FrontInfo, front, "front", manifest)
         bundle = build(cls, {**content, "path": folder}, "", manifest)
         bundle._check_paths()
         return bundle
@@ -136,6 +150,21 @@ class Bundle:
     def target_folder(self) -> Path | None:
         """The target's Hugging Face folder, if the bundle carries it."""
         return None if self.target.folder is None else self.path / self.target.folder
+
+    def draft_vocab(self) -> DraftVocab | None:
+        """The tokens that the draft may propose; None: all.
+
+        Raises:
+            BundleCorruptError: the list is missing, damaged, or not one of this pair's tokens.
+        """
+        if self.draft.vocab is None:
+            return None
+        try:
+            vocab = DraftVocab.read(self.path / self.draft.vocab)
+            vocab.require(min(self.draft.vocab_size, self.target.vocab_size), self.tokenizer.eos_token_ids)
+        except ValueError as error:
+            raise BundleCorruptError(f"{self.path / self.draft.vocab}: {error}; {AGAIN}") from error
+        return vocab
 
     def verify_files(self, part: Literal["edge", "cloud"]) -> None:
         """Check size and SHA-256 of every file below edge/ or cloud/.
@@ -167,8 +196,11 @@ class Bundle:
                 f"{self.path / MANIFEST}: the front is cut at {self.front.cut}, cut_points are {self.cut_points}; {AGAIN}"
             )
         read_on_device = [self.draft.model, self.tokenizer.path]
-        front_model = None if self.front is None else self.front.model
-        read_on_device += [name for name in (self.tokenizer.chat_template, front_model) if name is not None]
+        named = [self.tokenizer.chat_template, self.draft.vocab]
+        if self.front is not None:
+            head = self.front.exit_head
+            named += [self.front.model, *([] if head is None else [head.model, head.vocab])]
+        read_on_device += [name for name in named if name is not None]
         check_listed(self.path, read_on_device, self.files)
         check_below(self.path, read_on_device, "edge")
         check_below(self.path, folders, "cloud")
@@ -180,6 +212,7 @@ __all__ = [
     "Bundle",
     "BundleError",
     "DraftInfo",
+    "ExitHeadInfo",
     "FileInfo",
     "FrontInfo",
     "TargetInfo",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Unpack, get_args
 from edgecloud.bundle import Bundle
 from edgecloud.edge.collaborate import collaborate
 from edgecloud.edge.controller import Controller
-from edgecloud.edge.estimates import Estimates, LinkEstimate
+from edgecloud.edge.estimates import DeviceEstimate, Estimates, LinkEstimate
 from edgecloud.edge.local import decode_locally
 from edgecloud.edge.pilot import Pilot, Step
 from edgecloud.edge.plan import Fixed, Plan, Planner
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from edgecloud.bundle import FrontInfo
     from edgecloud.edge.front_rows import FrontRows
     from edgecloud.edge.tokenizer import ChatTokenizer
+    from edgecloud.exits import Rule
     from edgecloud.graph_bundle import GraphBundle
     from edgecloud.graph_client import GraphClient
     from edgecloud.inference import InferenceReply
@@ -106,6 +107,7 @@ class Client:
         self._graph_client: GraphClient | None = None
         self._tokenizer: ChatTokenizer | None = None
         self._drafter: Drafter | None = None
+        self._front_drafter: Drafter | None = None
         self._replicas: Replicas | None = None
         self._service: Service | None = None
         self._front: FrontRows | None = None
@@ -145,7 +147,10 @@ class Client:
             tokens = self.tokenizer.encode_chat(check_messages(prompt))
         return self.start(tokens, None, **options)
 
-    def run(self, inputs: Mapping[str, Array], *, mode: str = "auto", deadline_s: float | None = None) -> InferenceReply:
+    def run(
+        self, inputs: Mapping[str, Array], *, mode: str = "auto", deadline_s: float | None = None, risk: float | None = None,
+        exit_rule: Rule | None = None,
+    ) -> InferenceReply:  # fmt: skip
         """Run a cut graph: `client.run({"input": array})["output"]`. Runs of several threads go on side by side.
 
         Args:
@@ -154,13 +159,16 @@ class Client:
                 all, if the bundle has the whole graph for it, and `reply.fell_back` says why. `edge`, `cloud`, or the name of a
                 cut: that one. `split`: the best of the cuts that both have a part in.
             deadline_s: seconds that the run may take. What the device computes itself is not cut short.
+            risk: share of early answers of a classifier that may be wrong (`edgecloud exits`). Where an exit is sure enough for it,
+                the reply is that exit's, which nobody verified, and `reply.exit` names it. None: nothing leaves early.
+            exit_rule: what makes an exit sure: `confidence`, `entropy`, `margin`, `feature_delta`. None: the bundle's.
 
         Raises:
-            ConfigError: inputs or mode cannot work. BundleError: the bundle cannot be used; BundleKindError: it is one for text.
+            ConfigError: inputs, mode or risk cannot work. BundleError: the bundle cannot be used (BundleKindError: it is for text).
             ModelMismatchError: the service runs another graph, or other cuts of it.
             CloudError: the cloud could not answer, and nobody could stand in.
         """
-        return self._graph().run(inputs, mode, deadline_s)
+        return self._graph().run(inputs, mode, deadline_s, risk, exit_rule)
 
     def session(self, system: str | None = None) -> Session:
         """A conversation that keeps its tokens and caches between turns."""
@@ -247,7 +255,7 @@ class Client:
             self._replicas.close()
         if self._graph_client is not None:
             self._graph_client.close()
-        self._replicas = self._drafter = self._front = self._graph_client = None
+        self._replicas = self._drafter = self._front = self._front_drafter = self._graph_client = None
 
     def __enter__(self) -> Client:
         return self
@@ -339,7 +347,7 @@ class Client:
         try:
             way = self._way(options)
             pilot, meet = self._pilot(tokens, options, end_s, way)
-            device, sampling = self._device(), options.sampling
+            device, sampling = way.drafter or self._device(), options.sampling
             yield from collaborate(pilot, device, remote, sampling, stop_token_ids, way.estimates, meet, way.new_courier)
         except ModelMismatchError:  # another model was started at that address since the handshake
             self._service = None
@@ -354,7 +362,8 @@ class Client:
             return whole_way(self._estimates, time.monotonic())
         front, service = check_split(options, self.bundle), self.describe()
         check_tail(front, service, self._connection().address)
-        return split_way(self._front_rows(front), self._split_estimates, service, time.monotonic())
+        rows, head = self._front_rows(front), self._exit_head(front)
+        return split_way(rows, head, self._split_estimates, service, time.monotonic())
 
     def _pilot(
         self, tokens: list[int], options: GenerationOptions, end_s: float | None, way: Way
@@ -434,6 +443,21 @@ class Client:
                 self._front = FrontRows(model, info.cut, info.codec)
             return self._front
 
+    def _exit_head(self, info: FrontInfo) -> Drafter | None:
+        """The front as a drafter, if the bundle has a head for it: then the draft model is not loaded."""
+        head = info.exit_head
+        with self._loading:
+            if head is not None and self._front_drafter is None:
+                from edgecloud.edge.exit_head import ExitHead
+                from edgecloud.edge.front_drafter import FrontDrafter
+
+                graph, vocab = self.bundle.file(head.model), self.bundle.file(head.vocab)
+                vocab_size, num_threads = self.bundle.target.vocab_size, self._num_threads
+                rows = self._front_rows(info)
+                self._split_estimates.device = DeviceEstimate()  # its steps are not the draft model's
+                self._front_drafter = FrontDrafter(rows, lambda: ExitHead(graph, vocab, vocab_size, num_threads))
+            return self._front_drafter
+
     def _cloud(self, address: str) -> Cloud:
         if bundle_kind(self._path) == "text":
             meant = pair_hash(self.bundle.target.fingerprint, self.bundle.tokenizer.fingerprint)
@@ -474,11 +498,10 @@ class Client:
                 from edgecloud.edge.drafter import ModelDrafter
                 from edgecloud.edge.model import DraftModel
 
-                graph = self.bundle.file(self.bundle.draft.model)
-                window, num_threads = self._window(), self._num_threads
-                vocab_size = min(self.bundle.draft.vocab_size, self.bundle.target.vocab_size)
+                bundle, window, num_threads = self.bundle, self._window(), self._num_threads
+                vocab_size = min(bundle.draft.vocab_size, bundle.target.vocab_size)
                 prefilled = self._estimates.device.prefilled
-                self._drafter = ModelDrafter(lambda: DraftModel(graph, window, num_threads, prefilled), vocab_size)
+                self._drafter = ModelDrafter(lambda: DraftModel.of_bundle(bundle, window, num_threads, prefilled), vocab_size)
             return self._drafter
 
 

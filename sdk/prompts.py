@@ -27,8 +27,10 @@ PROMPTS = (
 KEYS = ("turns", "question", "prompt")  # of a line of JSON, the first that is there; of `turns`, its first
 
 
-def read_prompts(file: Path) -> list[str]:
+def read_prompts(file: Path, option: str = "--prompts") -> list[str]:
     """A prompt a line; of a .jsonl, the first of the keys `turns`, `question`, `prompt` in the object on each line.
+
+    `option` is what the user gave the file by.
 
     Raises:
         ConfigError: the file cannot be read or holds no prompt, or a line is something else; names the line.
@@ -36,15 +38,15 @@ def read_prompts(file: Path) -> list[str]:
     try:
         lines = file.read_text("utf-8").splitlines()
     except OSError as error:
-        raise ConfigError(f"--prompts {file} cannot be read: {error.strerror}; give a file with a prompt a line") from error
+        raise ConfigError(f"{option} {file} cannot be read: {error.strerror}; give a file with a prompt a line") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"--prompts {file} is no UTF-8 text; give a file with a prompt a line, or a .jsonl") from error
+        raise ConfigError(f"{option} {file} is no UTF-8 text; give a file with a prompt a line, or a .jsonl") from error
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
-        raise ConfigError(f"--prompts {file} is empty; give a file with a prompt a line")
+        raise ConfigError(f"{option} {file} is empty; give a file with a prompt a line")
     if file.suffix != ".jsonl":
         return [line.strip() for _, line in numbered]
-    return [_prompt_of(line, f"--prompts {file}, line {number}") for number, line in numbered]
+    return [_prompt_of(line, f"{option} {file}, line {number}") for number, line in numbered]
 
 
 def spread_evenly(prompts: Sequence[str], num_prompts: int) -> list[str]:

@@ -14,6 +14,7 @@ from edgecloud.edge.patience import EstimatedPatience, FrontPatience
 from edgecloud.edge.pilot import Patience
 from edgecloud.errors import ConfigError, ModelMismatchError
 from edgecloud.options import GenerationOptions
+from edgecloud.protocols import Drafter
 from edgecloud.types import Service
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Way:
     estimates: Estimates
     patience: Patience
     new_courier: Callable[..., Courier]
+    drafter: Drafter | None = None  # None: the draft model
 
 
 def whole_way(estimates: Estimates, now_s: float) -> Way:
@@ -35,12 +37,12 @@ def whole_way(estimates: Estimates, now_s: float) -> Way:
     return Way(estimates, EstimatedPatience(estimates, now_s), Courier)
 
 
-def split_way(front: FrontRows, estimates: Estimates, service: Service, now_s: float) -> Way:
+def split_way(front: FrontRows, drafter: Drafter | None, estimates: Estimates, service: Service, now_s: float) -> Way:
     """Rows of the front to the target's tail; the estimates are of the split target."""
     from edgecloud.edge.front_courier import FrontCourier
 
     courier = partial(FrontCourier, front=front, max_message_bytes=service.max_message_bytes)
-    return Way(estimates, FrontPatience(estimates, now_s, front.row_bytes), courier)
+    return Way(estimates, FrontPatience(estimates, now_s, front.row_bytes), courier, drafter)
 
 
 def check_split(options: GenerationOptions, bundle: Bundle) -> FrontInfo:

@@ -32,6 +32,7 @@ import torch
 from tiny import make_tiny_llama
 from transformers import AutoModelForCausalLM
 
+from edgecloud import answers
 from edgecloud.bundle import MANIFEST
 from edgecloud.edge.link_config import LinkConfig
 from edgecloud.edge.relay import Relay
@@ -144,6 +145,8 @@ class Pair:
 def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """A tiny random target and itself in int4 as the draft: about a third of the drafts are accepted. Cut in the middle.
 
+    The front has an exit head, so mode `split` drafts by that.
+
     Made once for all workers of a run.
     """
     own = tmp_path_factory.getbasetemp()
@@ -151,8 +154,20 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     with alone_with(folder):
         if not (folder / "bundle" / MANIFEST).is_file():
             target = make_tiny_llama(folder / "target")
-            partition(check_inputs(str(target), folder / "bundle", draft=None, precision="int4", overwrite=False, cut=1))
+            file = write_answers(target, folder / "answers.jsonl", num_prompts=12, num_tokens=16)
+            given: dict[str, Any] = {"draft": None, "precision": "int4", "overwrite": False, "cut": 1, "exit_head": str(file)}
+            partition(check_inputs(str(target), folder / "bundle", **given))
     return Pair(folder / "bundle", folder / "target")
+
+
+def write_answers(target: Path, file: Path, *, num_prompts: int, num_tokens: int) -> Path:
+    """The target's greedy answers to prompts of letters, as `edgecloud distill` collects them."""
+    with answers.AnswerFile(file).append_to() as collected:
+        for number in range(num_prompts):
+            prompt = [1, *(30 + (7 * number + i * (number + 1)) % 60 for i in range(4 + number % 5))]
+            said = plain_target(target).decode(prompt, num_tokens).token_ids
+            collected.add(answers.Answer(f"prompt {number}", prompt, said, 0.0))
+    return file
 
 
 @pytest.fixture(scope="session")

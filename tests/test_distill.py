@@ -23,7 +23,7 @@ from edgecloud.cloud.answering import Answerer
 from edgecloud.cloud.engine import Engine
 from edgecloud.cloud.model import TargetModel
 from edgecloud.errors import ConfigError
-from edgecloud.partitioner.draft_vocab import frequent_ids
+from edgecloud.partitioner.frequent_tokens import frequent_tokens
 from edgecloud.partitioner.kl import mean_kl
 from edgecloud.partitioner.lessons import Lessons, by_length
 from edgecloud.partitioner.questions import questions
@@ -217,10 +217,10 @@ def test_kl_and_its_gradients_are_those_of_float64(num_rows: int) -> None:
         assert torch.allclose(a.grad.double(), b.grad, atol=1e-6)
 
 
-def test_frequent_ids_come_first_and_ends_always() -> None:
-    assert frequent_ids([[7, 7, 5], [5, 7]], 3, 10, [9]) == [5, 7, 9]
-    assert frequent_ids([[7]], 4, 10, [2]) == [0, 1, 2, 7]  # the rest by number
-    assert frequent_ids([[7]], 1, 10, [2, 3]) == [2, 3]
+def test_frequent_tokens_come_first_and_ends_always() -> None:
+    assert frequent_tokens([[7, 7, 5], [5, 7]], 3, 10, [9]).token_ids == (5, 7, 9)
+    assert frequent_tokens([[7]], 4, 10, [2]).token_ids == (0, 1, 2, 7)  # the rest by number
+    assert frequent_tokens([[7]], 1, 10, [2, 3]).token_ids == (2, 3)
 
 
 def test_layers_come_from_both_ends() -> None:

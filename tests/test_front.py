@@ -300,8 +300,9 @@ def test_a_bundle_with_a_front_says_so_and_its_front_is_the_targets(tiny_pair: P
     assert (info.cut, info.num_layers, info.width, info.quantization, info.codec) == (1, 2, 64, "int8", "int8")
     assert bundle.cut_points == [1]
     assert {name for name in bundle.files if name.startswith("edge/front/")} == {
-        "edge/front/model.onnx", "edge/front/model.onnx.data",
-    }  # fmt: skip
+        f"edge/front/{name}"
+        for name in ("model.onnx", "model.onnx.data", "exit_head.onnx", "exit_head.onnx.data", "draft_vocab.json")
+    }
     found = bundle.checks["front"]
     assert found["parity"]["max_relative_diff"] < found["parity"]["bound"]
     assert 0 < found["quality"]["median_relative_error"] < 0.1

@@ -29,6 +29,7 @@ from edgecloud.edge.collaborate import collaborate
 from edgecloud.edge.estimates import Estimates
 from edgecloud.edge.front import FrontModel
 from edgecloud.edge.front_courier import FrontCourier
+from edgecloud.edge.front_drafter import FrontDrafter
 from edgecloud.edge.front_rows import FrontRows
 from edgecloud.edge.pilot import Pilot
 from edgecloud.edge.plan import Fixed, Plan
@@ -37,6 +38,8 @@ from edgecloud.edge.replicas import RemoteSession, Replicas
 from edgecloud.edge.retry import Retry, Timeout
 from edgecloud.errors import ConfigError, ModelMismatchError
 from edgecloud.kernels.codec import decode, encode
+from edgecloud.kernels.entries import all_entries
+from edgecloud.protocols import Drafter
 from edgecloud.sampling import SamplingSettings
 from edgecloud.types import Round
 from edgecloud.way import check_tail
@@ -163,21 +166,24 @@ class Flight:
     def front(self) -> TorchFront:
         return TorchFront(self.served.folder, self.cut)
 
+    @cached_property
+    def rows(self) -> FrontRows:
+        return FrontRows(self.front, self.cut, self.codec)
+
     def run(
         self,
         prompt: Sequence[int],
-        drafter: GuessingDrafter,
+        drafter: Drafter,
         sampling: SamplingSettings,
         plan: Plan,
         max_new_tokens: int,
         forget_after: frozenset[int] = frozenset(),
     ) -> list[Round]:
-        rows = FrontRows(self.front, self.cut, self.codec)
         retry = Retry(Timeout(), None, "the service")
         limits: Any = {"max_new_tokens": max_new_tokens, "stop_token_ids": (), "met": 8, "on_loss": "wait"}
         pilot = Pilot(prompt, Fixed(plan), retry, Unhurried(), Uncounted(), **limits)
         with self._session() as session:
-            courier = partial(FrontCourier, front=rows, max_message_bytes=self.max_message_bytes)
+            courier = partial(FrontCourier, front=self.rows, max_message_bytes=self.max_message_bytes)
             rounds: list[Round] = []
             for step in collaborate(pilot, drafter, session, sampling, (), self.estimates, lambda: 8, courier):
                 if isinstance(step, Round):
@@ -275,7 +281,46 @@ def test_no_prompt_id_is_on_the_wire(served: Served, monkeypatch: pytest.MonkeyP
         }  # fmt: skip
 
 
+class ShakyHead:
+    """An exit head of random weights: as good as a guess, and sometimes right."""
+
+    entries = all_entries(VOCAB_SIZE)
+
+    def __init__(self, seed: int) -> None:
+        self._weights = np.random.default_rng(seed).normal(size=(32, VOCAB_SIZE)).astype(np.float32)
+
+    def logits(self, row: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        logits: npt.NDArray[np.float32] = row @ self._weights
+        return logits
+
+
+@settings(max_examples=15)
+@given(
+    st.sampled_from(CUTS), st.sampled_from(["float32", "int8"]), prompts, samplings, st.integers(1, 4), st.integers(1, 3),
+    st.frozensets(st.integers(1, 8), max_size=2), st.integers(0, 9),
+)  # fmt: skip
+def test_the_text_is_the_same_when_the_front_drafts(
+    served: Served, cut: int, codec: str, prompt: list[int], sampling: SamplingSettings, num_draft_tokens: int, max_in_flight: int,
+    forget_after: frozenset[int], seed: int,
+) -> None:  # fmt: skip
+    expected = SplitTarget(served.folder, cut, codec).decode(prompt, 12, sampling)
+    flight = Flight(served, cut, codec)
+    drafter = FrontDrafter(flight.rows, lambda: ShakyHead(seed))  # type: ignore[arg-type,return-value]
+    rounds = flight.run(prompt, drafter, sampling, Plan("split", num_draft_tokens, max_in_flight), 12, forget_after)
+    assert expected.agrees_with(ids_of(rounds))
+
+
 # The real thing: a bundle with a quantized front, through processes
+
+
+@pytest.fixture(scope="module", params=["the draft model", "the exit head"])
+def pair(request: pytest.FixtureRequest, tiny_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """Whoever drafts."""
+    if request.param == "the exit head":
+        return tiny_pair
+    plain = copy_of(tiny_pair.bundle, tmp_path_factory.mktemp("plain") / "bundle")
+    edit_manifest(plain, lambda content: content["front"].update(exit_head=None))
+    return Pair(plain, tiny_pair.target)
 
 
 def split_target_of(pair: Pair) -> SplitTarget:
@@ -286,22 +331,22 @@ def split_target_of(pair: Pair) -> SplitTarget:
 
 
 @pytest.mark.parametrize("num_draft_tokens", [1, 4])
-def test_a_bundles_split_is_its_front_codec_and_tail(tiny_pair: Pair, tiny_server: Server, num_draft_tokens: int) -> None:
-    with Client(tiny_pair.bundle, tiny_server.address, num_draft_tokens=num_draft_tokens) as client:
+def test_a_bundles_split_is_its_front_codec_and_tail(pair: Pair, tiny_server: Server, num_draft_tokens: int) -> None:
+    with Client(pair.bundle, tiny_server.address, num_draft_tokens=num_draft_tokens) as client:
         prompt = client.tokenizer.encode_chat([{"role": "user", "content": "What does a cut cost?"}])
         sampling = SamplingSettings(temperature=1.0, seed=11)
-        expected = split_target_of(tiny_pair).decode(prompt, 24, sampling, client.bundle.tokenizer.eos_token_ids)
+        expected = split_target_of(pair).decode(prompt, 24, sampling, client.bundle.tokenizer.eos_token_ids)
         reply = client.generate("What does a cut cost?", mode="split", max_new_tokens=24, temperature=1.0, seed=11)
     assert expected.agrees_with(reply.token_ids)
     assert {span.mode for span in reply.mode_timeline} == {"split"}
     assert reply.metrics.num_unverified_tokens == 0
 
 
-def test_a_conversation_goes_on_in_mode_split_and_in_others(tiny_pair: Pair, tiny_server: Server) -> None:
-    with Client(tiny_pair.bundle, tiny_server.address) as client, client.session() as chat:
+def test_a_conversation_goes_on_in_mode_split_and_in_others(pair: Pair, tiny_server: Server) -> None:
+    with Client(pair.bundle, tiny_server.address) as client, client.session() as chat:
         for mode in ("split", "cloud", "split"):
             prompt = chat._turn_tokens({"role": "user", "content": "And then?"})
-            target = split_target_of(tiny_pair) if mode == "split" else tiny_pair.plain
+            target = split_target_of(pair) if mode == "split" else pair.plain
             expected = target.decode(prompt, 12, SamplingSettings(), client.bundle.tokenizer.eos_token_ids)
             assert expected.agrees_with(chat.generate("And then?", mode=mode, max_new_tokens=12).token_ids)  # type: ignore[arg-type]
 
@@ -320,6 +365,15 @@ def test_a_server_killed_in_mode_split_changes_nothing(tiny_pair: Pair) -> None:
         reply = stream.finish()
         restart.join()
         assert expected.agrees_with(reply.token_ids)
+
+
+def test_with_an_exit_head_no_draft_model_is_loaded(tiny_pair: Pair, tiny_server: Server) -> None:
+    with Client(tiny_pair.bundle, tiny_server.address) as client:
+        with patch("edgecloud.edge.model.DraftModel", side_effect=AssertionError("the draft model was loaded")):
+            reply = client.generate("Hello", mode="split", max_new_tokens=12)
+        assert reply.metrics.num_draft_tokens > 0
+        assert client.estimates.device.step_ms is None  # of the draft model, which `auto` goes by
+        assert client.generate("Hello", mode="edge", max_new_tokens=2).token_ids
 
 
 def test_what_mode_split_cannot_do_is_said(tiny_pair: Pair, tiny_server: Server, tmp_path: Path) -> None:

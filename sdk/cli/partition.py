@@ -64,6 +64,15 @@ def partition(  # typer fills them by name
     boundary: Annotated[
         Literal["float32", "float16", "int8", "int4"], typer.Option(help="How rows travel from the cut to the cloud.")
     ] = "int8",
+    exit_head: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PROMPTS",
+            help="Train a head by which the front itself drafts in mode split, on the target's answers to the prompts of this "
+            "file, or to the 'built-in' ones. A .jsonl with prompt_ids and answer_ids holds answers already.",
+            show_default=False,
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is there.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the inputs, say what would be done, write nothing.")] = False,
     device: DeviceOption = None,
@@ -110,7 +119,10 @@ def partition(  # typer fills them by name
     with extra_installed():
         options.check()
     given: dict[str, Any] = {"draft": draft, "precision": precision, "overwrite": overwrite}
-    inputs = check_inputs(model, bundle, **given, cut=cut, front_precision=front_precision, boundary=boundary)
+    # Where the plan may take a cut, the head waits for it.
+    head_now = None if cut is None and options.asks else exit_head
+    of_front: dict[str, Any] = {"front_precision": front_precision, "boundary": boundary, "exit_head": head_now}
+    inputs = check_inputs(model, bundle, **given, cut=cut, **of_front)
     if report is not None:
         from edgecloud.bench_report import prepare_folder
 
@@ -135,9 +147,11 @@ def partition(  # typer fills them by name
         reference = refer_to(inputs, cache, remark, fp32=True)
         tried = _try_fronts(options, inputs, reference, cache, remark)
         chosen = options.plan(inputs, None, tried).best.candidate
+        _say_no_head(exit_head if chosen.front is None else None, remarks(console))
         if chosen.front is not None and chosen.codec is not None:
             remarks(console)(f"the plan takes a cut: {chosen}")
-            inputs = check_inputs(model, bundle, **given, cut=chosen.cut, front_precision=chosen.front, boundary=chosen.codec)
+            of_front = {"front_precision": chosen.front, "boundary": chosen.codec, "exit_head": exit_head}
+            inputs = check_inputs(model, bundle, **given, cut=chosen.cut, **of_front)
     made = run_partition(inputs, cache=cache, remark=remark, reference=reference)
     try:
         found = options.plan(inputs, made, tried)
@@ -152,6 +166,11 @@ def partition(  # typer fills them by name
         if not as_json:
             _show(found)
         _write(found, report, remarks(console))
+
+
+def _say_no_head(exit_head: str | None, remark: Callable[[str], None]) -> None:
+    if exit_head is not None:
+        remark(f"the plan takes no cut, so --exit-head {exit_head} has no front to make one for; give --cut K")
 
 
 def _plan_dry(options: PlanOptions, inputs: Inputs, as_json: bool) -> Plan:
@@ -219,6 +238,7 @@ def _inputs(inputs: Inputs) -> dict[str, Any]:
         "num_tokenizer_tokens": inputs.num_tokens,
         "target_vocab_size": inputs.target.vocab_size,
         "draft_vocab_size": inputs.draft.vocab_size,
+        "draft_num_kept_ids": None if inputs.vocab is None else len(inputs.vocab),
         "disk_needed_bytes": inputs.needed_bytes,
         "front": None if inputs.front is None else asdict(inputs.front),
     }
