@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgecloud.draft_vocab import DRAFT_VOCAB, DraftVocab
 from edgecloud.errors import ModelError, RejectionLogError
-from edgecloud.fingerprint import read_json, tokenizer_fingerprint
-from edgecloud.partitioner.draft_vocab import DRAFT_VOCAB
+from edgecloud.fingerprint import tokenizer_fingerprint
 from edgecloud.partitioner.model_folder import ModelFolder
 from edgecloud.rejections import Passage, RejectionLog, Segment
 
@@ -79,10 +79,12 @@ def draft_vocab(draft: ModelFolder) -> list[int] | None:
     path = draft.path / DRAFT_VOCAB
     if not path.is_file():
         return None
-    ids = read_json(path).get("token_ids")
-    if not isinstance(ids, list) or not ids or not all(isinstance(i, int) and 0 <= i < draft.vocab_size for i in ids):
-        raise ModelError(f"{path} has no list token_ids of ids below {draft.vocab_size}")
-    return sorted(set(ids))
+    try:
+        vocab = DraftVocab.read(path)
+        vocab.require(draft.vocab_size, [])
+    except ValueError as error:
+        raise ModelError(f"{path}: {error}") from error
+    return list(vocab.token_ids)
 
 
 def _check_sources(folder: Path, segments: Sequence[Segment], draft: ModelFolder, draft_fingerprint: str | None) -> None:
