@@ -427,7 +427,7 @@ class Pilot:
             if room <= 0 or base > len(self.tail) or not self._stops.isdisjoint(self.tail[:base]):
                 return
             length = min(plan.num_draft_tokens, self._max_draft)
-            if self._backlog or not self._opened:  # all that there is, or the prompt alone
+            if self._backlog or not (self._opened or last):  # all that there is, or the prompt alone
                 length = min(self._max_draft if self._backlog else 0, len(self.tail) - base)
             length = min(length, room - 1)
             draft = self.tail[base : base + length]
