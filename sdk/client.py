@@ -15,6 +15,7 @@ from edgecloud.edge.collaborate import collaborate
 from edgecloud.edge.controller import Controller
 from edgecloud.edge.estimates import Estimates, LinkEstimate
 from edgecloud.edge.local import decode_locally
+from edgecloud.edge.lookup import Lookup, Trust
 from edgecloud.edge.pilot import Pilot, Step
 from edgecloud.edge.plan import Fixed, Plan, Planner
 from edgecloud.edge.remote import TLS, Cloud
@@ -33,12 +34,13 @@ from edgecloud.protocols import Drafter
 from edgecloud.rpc.codec import pair_hash
 from edgecloud.session import Session
 from edgecloud.turn import Turn
-from edgecloud.types import Event, Guess, ModeChanged, Preference, Reply, Round, Service
+from edgecloud.types import Event, Guess, LossPolicy, ModeChanged, Preference, Reply, Round, Service
 from edgecloud.way import Way, check_split, check_tail, split_way, whole_way
 
 if TYPE_CHECKING:
     from edgecloud.bundle import FrontInfo
     from edgecloud.edge.front_rows import FrontRows
+    from edgecloud.edge.model import DraftModel
     from edgecloud.edge.tokenizer import ChatTokenizer
     from edgecloud.graph_bundle import GraphBundle
     from edgecloud.graph_client import GraphClient
@@ -100,6 +102,7 @@ class Client:
         self._graph_client: GraphClient | None = None
         self._tokenizer: ChatTokenizer | None = None
         self._drafter: Drafter | None = None
+        self._trust = {greedy: Trust() for greedy in (True, False)}
         self._replicas: Replicas | None = None
         self._service: Service | None = None
         self._front: FrontRows | None = None
@@ -115,6 +118,8 @@ class Client:
         Options, with their defaults (names as in `transformers.GenerationConfig`):
             max_new_tokens=256, temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0, seed=0, stop_strings=(),
             mode="auto" ("edge", "cloud", "speculative", "split"), num_draft_tokens (the client's),
+            drafter="both": what is drafted comes from the draft model or, where the text repeats itself, is copied; "model" or
+                "lookup": only so. With "lookup" the model is never loaded, so the device does not go on without the cloud.
             deadline_s=None: seconds that the whole generation may take,
             raw=False: encode the string as it is, without the chat template.
 
@@ -264,6 +269,8 @@ class Client:
         options = GenerationOptions.from_keywords(keywords, self._num_draft_tokens)
         if options.mode in {"cloud", "speculative", "split"} and not self._addresses:
             raise ConfigError(f"mode {options.mode!r} needs a cloud; give HOST:PORT")
+        if options.drafter == "lookup" and not self._addresses:
+            raise ConfigError("drafter 'lookup' needs a cloud; give HOST:PORT, or take 'both' or 'model'")
         if options.mode == "split":
             check_split(options, self.bundle)  # before anything is started
         check_fits(len(tokens), options.max_new_tokens, self._window(), "context window")
@@ -366,11 +373,17 @@ class Client:
             estimates.acceptance,
             max_new_tokens=options.max_new_tokens,
             stop_token_ids=self.bundle.tokenizer.eos_token_ids,
-            on_loss=options.on_cloud_loss if options.mode == "auto" else "wait",
+            on_loss=_on_loss(options),
             max_provisional_tokens=options.max_provisional_tokens,
             met=None if service is None else service.max_draft_tokens,
+            lookup=self._lookup(tokens, options),
         )
         return pilot, meet
+
+    def _lookup(self, tokens: list[int], options: GenerationOptions) -> Lookup | None:
+        if options.mode == "cloud" or options.drafter == "model":
+            return None
+        return Lookup(tokens, self._trust[options.sampling.greedy], alone=options.drafter == "lookup")
 
     def _check_window(self, tokens: list[int], options: GenerationOptions, *, wait: bool = True) -> Service:
         """Whether prompt and answer fit the service."""
@@ -450,14 +463,26 @@ class Client:
         with self._loading:
             if self._drafter is None:
                 from edgecloud.edge.drafter import ModelDrafter
-                from edgecloud.edge.model import DraftModel
 
                 graph = self.bundle.file(self.bundle.draft.model)
                 window, num_threads = self._window(), self._num_threads
                 vocab_size = min(self.bundle.draft.vocab_size, self.bundle.target.vocab_size)
                 prefilled = self._estimates.device.prefilled
-                self._drafter = ModelDrafter(lambda: DraftModel(graph, window, num_threads, prefilled), vocab_size)
+
+                def load() -> DraftModel:
+                    from edgecloud.edge.model import DraftModel
+
+                    return DraftModel(graph, window, num_threads, prefilled)
+
+                self._drafter = ModelDrafter(load, vocab_size)
             return self._drafter
+
+
+def _on_loss(options: GenerationOptions) -> LossPolicy:
+    if options.mode != "auto":
+        return "wait"
+    goes_on_alone = options.on_cloud_loss == "continue"
+    return "wait" if goes_on_alone and options.drafter == "lookup" else options.on_cloud_loss  # copies alone are no answer
 
 
 def _check_pair(bundle: Bundle, service: Service, address: str) -> None:

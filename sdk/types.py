@@ -10,6 +10,7 @@ ModeChoice = Literal["auto", "edge", "cloud", "speculative", "split"]  # what a 
 Objective = Literal["latency", "cost", "balanced", "offline-first"]  # what mode "auto" makes little of
 Preference = Literal["order", "latency"]  # of several services
 LossPolicy = Literal["continue", "wait", "fail"]  # what mode "auto" does when the cloud is silent
+DrafterChoice = Literal["both", "model", "lookup"]  # who guesses: the draft model, copies of the text, or whichever is better
 TokenStatus = Literal["provisional", "final"]
 FinishReason = Literal["stop", "length", "cancelled"]
 
