@@ -1,8 +1,8 @@
 """Cloud passes per final token by who drafts: the model, copies of the text, or both; per category of Spec-Bench, greedy.
 
 Counted, not timed: the pilot flies along the target's recorded answers, where the draft's guess at every token is known (behind a
-wrong one it does not matter). `--recorded` is made if it is not there: JSON lines of id, category, prompt_ids, answer_ids and
-guess_ids. With --served N, N prompts of summarization and RAG are answered by a real service, too.
+wrong one it does not matter). `--recorded` keeps them, and is made if it is not there: JSON lines of id, category, prompt_ids,
+answer_ids and guess_ids. With --served N, N prompts of summarization and RAG are answered by a real service, too.
     python benchmarks/lookup.py --prompts spec_bench_dev.jsonl --recorded answers.jsonl
 """
 
@@ -35,6 +35,7 @@ NUM_DRAFT_TOKENS = 4
 STEPS_A_PASS = 5  # of the device, while the service is at work
 COPYING = ("summarization", "rag")
 DRAFTERS: tuple[DrafterChoice, ...] = ("model", "lookup", "both")
+LONGER = 6  # the model's drafts when they are as long as both together make theirs
 WRONG = -1
 
 
@@ -108,14 +109,15 @@ def judge(call: Verify, tokens: Sequence[int], num_final: int) -> Happening:
     return Judged(call.call, Verdict(same, tokens[before + same], CallCost()))
 
 
-def tables(answers: Sequence[Answer], num_draft_tokens: int) -> dict[str, dict[str, Counter[str]]]:
-    """By drafter and category."""
+def tables(answers: Sequence[Answer]) -> dict[str, dict[str, Counter[str]]]:
+    """By drafter and category; `longer` is the model with longer drafts."""
     found: dict[str, dict[str, Counter[str]]] = {}
-    for drafter in DRAFTERS:
+    for drafter in (*DRAFTERS, "longer"):
+        num_draft_tokens = LONGER if drafter == "longer" else NUM_DRAFT_TOKENS
         trust = Trust()  # as one client would have it, from prompt to prompt
         by_category: dict[str, Counter[str]] = {}
         for answer in answers:
-            lookup = None if drafter == "model" else Lookup(answer.prompt_ids, trust, alone=drafter == "lookup")
+            lookup = Lookup(answer.prompt_ids, trust, alone=drafter == "lookup") if drafter in {"lookup", "both"} else None
             by_category.setdefault(answer.category, Counter()).update(fly(answer, lookup, num_draft_tokens))
         found[drafter] = by_category
     return found
@@ -171,7 +173,7 @@ def served(bundle: Path, client: Client, address: str, answers: Sequence[Answer]
 def main() -> None:
     parser = harness.arguments(__doc__, __file__)
     parser.add_argument("--prompts", type=Path, help="JSON lines with question_id, category, turns; needed to record")
-    parser.add_argument("--recorded", type=Path, required=True)
+    parser.add_argument("--recorded", type=Path)
     parser.add_argument("--per-category", type=int, default=24)
     parser.add_argument("--max-new-tokens", type=int, default=160)
     parser.add_argument("--max-prompt-tokens", type=int, default=1500)
@@ -179,17 +181,19 @@ def main() -> None:
     parser.add_argument("--served-tokens", type=int, default=96)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    if not options.recorded.exists():
+    if options.recorded is not None and options.recorded.exists():
+        rows = [json.loads(line) for line in options.recorded.read_text("utf-8").splitlines()]
+    else:
         if options.prompts is None:
-            parser.error("there is no such --recorded; give --prompts to make it")
+            parser.error("nothing is recorded there; give --prompts")
         bundle = harness.find_bundle(options.bundle)
-        with Client(bundle) as client, options.recorded.open("x") as file:
+        with Client(bundle) as client:
             questions, _ = sample(client, read(options.prompts), options.per_category, options.max_prompt_tokens, options.seed)
-            for row in record(bundle, client, questions, options.max_new_tokens):
-                file.write(json.dumps(row) + "\n")
-    rows = [json.loads(line) for line in options.recorded.read_text("utf-8").splitlines()]
+            rows = list(record(bundle, client, questions, options.max_new_tokens))
+        if options.recorded is not None:
+            options.recorded.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     answers = [Answer(row["category"], row["prompt_ids"], row["answer_ids"], row["guess_ids"]) for row in rows]
-    found = tables(answers, NUM_DRAFT_TOKENS)
+    found = tables(answers)
     whole = {drafter: sum(by_category.values(), Counter()) for drafter, by_category in found.items()}
     copying = {drafter: sum((by[c] for c in COPYING), Counter()) for drafter, by in found.items()}
     least = {category: found["both"][category]["passes"] / taken["passes"] for category, taken in found["model"].items()}
@@ -213,11 +217,12 @@ def main() -> None:
         ],
         {
             "num_draft_tokens": NUM_DRAFT_TOKENS,
+            "longer_num_draft_tokens": LONGER,
             "num_answers": Counter(answer.category for answer in answers),
             "summarization_and_rag": {drafter: ratios(taken) for drafter, taken in copying.items()},
             "overall": {drafter: ratios(taken) for drafter, taken in whole.items()},
             "by_category": {
-                category: {drafter: ratios(found[drafter][category]) for drafter in DRAFTERS} for category in sorted(least)
+                category: {drafter: ratios(by[category]) for drafter, by in found.items()} for category in sorted(least)
             },
             "served": through_service,
         },

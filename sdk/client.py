@@ -381,8 +381,8 @@ class Client:
         return pilot, meet
 
     def _lookup(self, tokens: list[int], options: GenerationOptions) -> Lookup | None:
-        if options.mode == "cloud" or options.drafter == "model":
-            return None
+        if options.mode not in {"auto", "speculative", "split"} or options.drafter == "model":
+            return None  # copies are for where the target verifies
         return Lookup(tokens, self._trust[options.sampling.greedy], alone=options.drafter == "lookup")
 
     def _check_window(self, tokens: list[int], options: GenerationOptions, *, wait: bool = True) -> Service:
