@@ -332,7 +332,7 @@ def main() -> None:
             for topic in TOPICS
         ]
         given = client.bundle
-        drafter = ModelDrafter(lambda: DraftModel(given.file(given.draft.model), 1024, 1), given.target.vocab_size)
+        drafter = ModelDrafter(lambda: DraftModel.of_bundle(given, 1024, 1), given.target.vocab_size)
         texts = bench.texts(prompts, 96)
         rounds = [rounds_of(drafter, prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
     long_prompts = [[rng.randrange(100, 40_000) for _ in range(LONG_PROMPT)] for _ in range(options.repetitions + 4)]

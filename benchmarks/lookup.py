@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import harness
-import numpy as np
 from cloud_passes import read, sample
 from record_acceptance import AT_A_TIME, Target
 
 from edgecloud.bundle import Bundle
 from edgecloud.client import Client
+from edgecloud.edge.drafter import ModelDrafter
 from edgecloud.edge.lookup import Lookup, Trust
 from edgecloud.edge.model import DraftModel
 from edgecloud.edge.pilot import Cancel, Draft, Drafted, Failed, Happening, Judged, Pilot, Verify
@@ -139,14 +139,14 @@ def record(bundle: Path, client: Client, questions: Sequence[dict[str, Any]], ma
     opened = Bundle.open(bundle)
     vocab_size = min(opened.draft.vocab_size, opened.target.vocab_size)
     target = Target(bundle / "cloud")
-    draft = DraftModel(opened.file(opened.draft.model), opened.draft.max_context_tokens, 1)
+    drafter = ModelDrafter(lambda: DraftModel.of_bundle(opened, opened.draft.max_context_tokens, 1), vocab_size)
     stops, greedy = frozenset(opened.tokenizer.eos_token_ids), SamplingSettings()
     for begin in range(0, len(questions), AT_A_TIME):
         some = questions[begin : begin + AT_A_TIME]
         prompts = [client.tokenizer.encode_chat([{"role": "user", "content": question["prompt"]}]) for question in some]
         texts = target.texts(prompts, max_new_tokens, stops, greedy)
         for question, prompt, text in zip(some, prompts, texts, strict=True):
-            guesses = [int(np.argmax(draft.extend_to(prompt + text[:at])[:vocab_size])) for at in range(len(text))]
+            guesses = [drafter.draft(prompt + text[:at], 1, greedy, ())[0] for at in range(len(text))]
             yield {**question, "prompt_ids": prompt, "answer_ids": text, "guess_ids": guesses}
         harness.progress(f"recorded {begin + len(some)} of {len(questions)}")
 

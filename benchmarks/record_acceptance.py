@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import numpy as np
 from cloud_passes import read, sample
 
 from edgecloud.bundle import Bundle
@@ -61,7 +62,11 @@ class Target:
 
 def rank(model: DraftModel, tokens: list[int], token: int, vocab_size: int, settings: SamplingSettings) -> int:
     """How many tokens the draft would rather choose than this one, up to LAST_RANK."""
-    scores = process(model.extend_to(tokens)[:vocab_size], tokens, settings)
+    logits = model.extend_to(tokens)[:vocab_size]
+    if model.entries is not None:  # a trimmed draft, over the whole vocabulary
+        kept, logits = logits, np.full(vocab_size, -np.inf, np.float32)
+        logits[model.entries.ids] = kept
+    scores = process(logits, tokens, settings)
     if not settings.greedy:
         scores += gumbel(settings.seed, len(tokens), vocab_size)
     above = (scores > scores[token]).sum() + (scores[:token] == scores[token]).sum()  # of equals the first is chosen
@@ -82,7 +87,7 @@ def main() -> None:
     _, cpu = harness.cores()
     with harness.pinned(cpu), Client(path) as client:
         target = Target(path / "cloud")
-        draft = DraftModel(bundle.file(bundle.draft.model), bundle.draft.max_context_tokens, 1)
+        draft = DraftModel.of_bundle(bundle, bundle.draft.max_context_tokens, 1)
         vocab_size = min(bundle.draft.vocab_size, bundle.target.vocab_size)
         questions, _ = sample(client, read(options.prompts), options.per_category, options.max_prompt_tokens, options.seed)
         recorded: dict[str, list[dict[str, Any]]] = {}

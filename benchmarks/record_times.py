@@ -96,7 +96,7 @@ def main() -> None:
     _, cpu = harness.cores()
     with harness.pinned(cpu):
         engine = Engine(path / "cloud")
-        model = DraftModel(bundle.file(bundle.draft.model), 2048, 1)
+        model = DraftModel.of_bundle(bundle, 2048, 1)
         runs: dict[str, Callable[[], float]] = {f"rows {rows}": engine.verifying(1, rows, CONTEXT) for rows in ROWS}
         runs |= {f"context {context}": engine.verifying(1, 1, context) for context in CONTEXTS}
         runs |= {f"sessions {n}x{rows}": engine.verifying(n, rows, CONTEXT) for n, rows in SESSIONS}

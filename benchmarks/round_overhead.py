@@ -47,6 +47,7 @@ class InstantModel(DraftModel):
     def __init__(self, vocab_size: int, max_context_tokens: int) -> None:
         self._logits = np.random.default_rng(0).normal(0, 3, (1, 1, vocab_size)).astype(np.float32)
         self.max_context_tokens = max_context_tokens
+        self.entries = None
         self._tokens = []
 
     def _run(self, chunk: Any, total: int) -> None:

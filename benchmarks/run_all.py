@@ -23,6 +23,7 @@ SCRIPTS = {  # with what --quick adds
     "engine": ["--repetitions", "1"],
     "front_end": ["--rounds", "10"],
     "graph_sweep": ["--seconds", "1"],
+    "classifier_exits": ["--draws", "20"],
     "boundary_damage": ["--per-category", "1", "--cuts", "10"],
     "cloud_passes": ["--per-category", "1", "--max-minutes", "1"],
     "lookup": ["--per-category", "1", "--max-new-tokens", "40"],

@@ -30,7 +30,8 @@ class ModelDrafter:
         """Guess one token after another. Raises ContextLengthError when the draft model's window is full."""
         guessed = list(tokens)
         for _ in range(num_draft_tokens):
-            guessed.append(choose(self._model.extend_to(guessed)[: self._vocab_size], guessed, sampling))
+            logits = self._model.extend_to(guessed)[: self._vocab_size]
+            guessed.append(choose(logits, guessed, sampling, self._model.entries))
             if guessed[-1] in stop_token_ids:
                 break
         return guessed[len(tokens) :]

@@ -9,8 +9,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from edgecloud.bundle import Bundle
+from edgecloud.draft_vocab import DraftVocab
 from edgecloud.edge.kv_graph import KvGraph
 from edgecloud.errors import BundleError, ContextLengthError
+from edgecloud.kernels.entries import kept_entries
 from edgecloud.tokens import common_prefix
 
 PREFILL_CHUNK_TOKENS = 128
@@ -19,10 +22,11 @@ PREFILL_CHUNK_TOKENS = 128
 class DraftModel:
     """One token sequence at a time; the graph yields logits of the last position only.
 
-    `on_prefill` is told of every run over more than one token: how many, and the milliseconds it took.
+    `on_prefill` is told of every run over more than one token: how many, and the milliseconds it took. A trimmed draft says the
+    tokens of its logits, `vocab`, and how many it reads, `vocab_size`; any other has as many logits as it reads tokens.
 
     Raises:
-        BundleError: the file is no graph of the form that edge/kv_graph.py runs.
+        BundleError: the file is no graph of the form that edge/kv_graph.py runs, or yields logits of another number of tokens.
     """
 
     def __init__(
@@ -31,17 +35,33 @@ class DraftModel:
         max_context_tokens: int,
         num_threads: int,
         on_prefill: Callable[[int, float], None] = lambda num_tokens, elapsed_ms: None,
+        *,
+        vocab: DraftVocab | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         try:
             self._graph = KvGraph(path, max_context_tokens, PREFILL_CHUNK_TOKENS, num_threads)
-            self.vocab_size = int(self._graph.output_shapes["logits"][-1])
-            self._logits = np.empty((1, 1, self.vocab_size), np.float32)
+            num_logits = int(self._graph.output_shapes["logits"][-1])
+            self._logits = np.empty((1, 1, num_logits), np.float32)
             self._graph.bind_output("logits", self._logits, self._logits.shape)
         except Exception as error:  # onnxruntime's exceptions share no base class of their own
             raise BundleError(f"{path} is no draft model that this version can run: {error}") from error
+        if vocab is not None and num_logits != len(vocab):
+            raise BundleError(f"{path} has logits of {num_logits} tokens, its list names {len(vocab)}; make the bundle again")
+        self.vocab_size = num_logits if vocab_size is None else vocab_size  # tokens that it reads
+        self.entries = None if vocab is None else kept_entries(vocab.token_ids)  # whose logits they are; None: of all tokens
         self.max_context_tokens = max_context_tokens
         self._on_prefill = on_prefill
         self._tokens: list[int] = []  # whose keys and values are in the buffers
+
+    @classmethod
+    def of_bundle(
+        cls, bundle: Bundle, max_context_tokens: int, num_threads: int, on_prefill: Callable[[int, float], None] | None = None
+    ) -> DraftModel:
+        """A bundle's draft. Raises BundleError, and BundleCorruptError for its list of tokens."""
+        told = {} if on_prefill is None else {"on_prefill": on_prefill}
+        path, size = bundle.file(bundle.draft.model), bundle.draft.vocab_size
+        return cls(path, max_context_tokens, num_threads, **told, vocab=bundle.draft_vocab(), vocab_size=size)
 
     @property
     def num_cached(self) -> int:
@@ -49,7 +69,7 @@ class DraftModel:
         return len(self._tokens)
 
     def extend_to(self, tokens: list[int]) -> npt.NDArray[np.float32]:
-        """Logits after the last of `tokens`, computing only what the cache lacks.  -> [vocab]
+        """Logits after the last of `tokens`, computing only what the cache lacks.  -> [vocab], or [kept] of a trimmed draft
 
         The array is the output buffer itself: valid until the next call.
 

@@ -1,7 +1,8 @@
 """Coupled choice in NumPy, as the device runs it. See choice.py for the definition.
 
 Nothing of the size of the vocabulary is sorted, and logarithms are taken only of noise that can decide: filters keep few
-tokens, and without filters the bits tell beforehand which entries stay too small to win.
+tokens, and without filters the bits tell beforehand which entries stay too small to win. A trimmed draft has logits of the
+tokens that it keeps (entries.py): their choice is that over the whole vocabulary with -inf for all others.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgecloud.kernels.choice import PHILOX_M, round_keys
+from edgecloud.kernels.entries import LANES, Entries, all_entries
 from edgecloud.sampling import SamplingSettings
 
 NEAR = 3.0  # entries this close to the highest are scored first; the best of them sets the bar for the others
@@ -28,29 +30,32 @@ Ids = npt.NDArray[np.int64]
 Bits = npt.NDArray[np.uint64]
 
 
-def choose(logits: npt.NDArray[np.floating], tokens: Sequence[int], sampling: SamplingSettings) -> int:
-    """The token that follows `tokens`, given the model's logits after the last of them. logits: [vocab]."""
+def choose(
+    logits: npt.NDArray[np.floating], tokens: Sequence[int], sampling: SamplingSettings, entries: Entries | None = None
+) -> int:
+    """The token that follows `tokens`, given the logits after the last of them. logits: [vocab], or [kept] with `entries`."""
+    entries = entries or all_entries(len(logits))
     if sampling.repetition_penalty != 1.0:
-        logits = _penalize(logits.astype(np.float64), tokens, sampling.repetition_penalty)
+        logits = _penalize(logits.astype(np.float64), tokens, sampling.repetition_penalty, entries)
     if sampling.greedy:
-        return int(logits.argmax())
-    ids: Ids | None = None
+        return entries.token(int(logits.argmax()))
+    places: Ids | None = None
     if 0 < sampling.top_k < len(logits):
-        ids = np.flatnonzero(logits >= np.partition(logits, -sampling.top_k)[-sampling.top_k])
+        places = np.flatnonzero(logits >= np.partition(logits, -sampling.top_k)[-sampling.top_k])
     if sampling.top_p < 1.0:
-        kept = _nucleus(logits if ids is None else logits[ids], sampling.temperature, sampling.top_p)
-        ids = kept if ids is None else ids[kept]
-    if ids is None:
-        return _highest_noisy(logits, len(tokens), sampling)
-    if len(ids) == 1:
-        return int(ids[0])
-    z = _scaled(logits[ids], sampling.temperature)
+        kept = _nucleus(logits if places is None else logits[places], sampling.temperature, sampling.top_p)
+        places = kept if places is None else places[kept]
+    if places is None:
+        return entries.token(_highest_noisy(logits, len(tokens), sampling, entries))
+    if len(places) == 1:
+        return entries.token(int(places[0]))
+    ids = entries.tokens(places)
+    z = _scaled(logits[places], sampling.temperature)
     return int(ids[(z + _gumbel_at(ids, len(tokens), sampling.seed)).argmax()])
 
 
-def _penalize(z: Floats, tokens: Sequence[int], penalty: float) -> Floats:
-    seen = np.unique(np.asarray(tokens, np.int64))
-    seen = seen[seen < len(z)]
+def _penalize(z: Floats, tokens: Sequence[int], penalty: float, entries: Entries) -> Floats:
+    seen = entries.places(np.unique(np.asarray(tokens, np.int64)), len(z))
     z[seen] = np.where(z[seen] < 0, z[seen] * penalty, z[seen] / penalty)
     return z
 
@@ -77,24 +82,23 @@ def _nucleus(logits: npt.NDArray[np.floating], temperature: float, top_p: float)
     return np.sort(candidates[order[(np.cumsum(p) - p) < top_p]])
 
 
-def _highest_noisy(logits: npt.NDArray[np.floating], position: int, sampling: SamplingSettings) -> int:
-    """argmax_v( z_v + G(seed, position, v) ), taking the logarithms only of noise high enough to win."""
-    blocks = np.arange((len(logits) + 3) // 4, dtype=np.uint64)
-    bits = _philox(blocks, position, sampling.seed).reshape(-1)[: len(logits)]
+def _highest_noisy(logits: npt.NDArray[np.floating], position: int, sampling: SamplingSettings, entries: Entries) -> int:
+    """Where z_v + G(seed, position, v) is highest, taking the logarithms only of noise high enough to win."""
+    bits = _philox(entries.blocks, position, sampling.seed).reshape(-1)[entries.lanes]
     near_logit = float(logits.max()) - NEAR * sampling.temperature
     near = np.flatnonzero(logits >= near_logit)
     bar = (_scaled(logits[near], sampling.temperature) + _to_gumbel(bits[near])).max()
     # Another entry wins only with noise above g. Noise falls as its bits rise.
     g = bar - near_logit / sampling.temperature - SCORE_SLACK
     most = np.uint64(-math.expm1(-math.exp(min(-g, 30.0))) * 2.0**32 + 1)
-    ids = np.union1d(near, np.flatnonzero(bits <= most))
-    return int(ids[(_scaled(logits[ids], sampling.temperature) + _to_gumbel(bits[ids])).argmax()])
+    places = np.union1d(near, np.flatnonzero(bits <= most))
+    return int(places[(_scaled(logits[places], sampling.temperature) + _to_gumbel(bits[places])).argmax()])
 
 
 def _gumbel_at(ids: Ids, position: int, seed: int) -> Floats:
     """G(seed, position, v) for each v of `ids`.  [n] -> [n]"""
-    blocks, where = np.unique(ids // 4, return_inverse=True)
-    return _to_gumbel(_philox(blocks.astype(np.uint64), position, seed)[where, ids % 4])
+    blocks, where = np.unique(ids // LANES, return_inverse=True)
+    return _to_gumbel(_philox(blocks.astype(np.uint64), position, seed)[where, ids % LANES])
 
 
 def _to_gumbel(bits: Bits) -> Floats:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
 from edgecloud.cost import tokens_per_round
+from edgecloud.draft_vocab import DraftVocab
 from edgecloud.errors import ModelError
 from edgecloud.partitioner.graph import DraftGraph
 from edgecloud.partitioner.model_folder import ModelFolder
@@ -131,6 +132,7 @@ def check_parity(draft: torch.nn.Module, graph: DraftGraph, samples: Sequence[Sa
         with torch.inference_mode():
             logits = draft(input_ids=torch.tensor([sample.prompt_ids + steps])).logits[0, len(sample.prompt_ids) - 1 :]
         expected: npt.NDArray[np.float32] = logits.float().numpy()  # [1 + steps, vocab]
+        expected = expected if graph.kept is None else expected[:, graph.kept]
         graph.crop_to(0)
         pieces = [sample.prompt_ids, *([token] for token in steps)]
         for row, piece in zip(expected, pieces, strict=True):
@@ -148,7 +150,7 @@ def check_parity(draft: torch.nn.Module, graph: DraftGraph, samples: Sequence[Sa
 
 
 def measure_agreement(graph: DraftGraph, samples: Sequence[Sample], num_tokens: int) -> Agreement:
-    """The draft's greedy choice among the tokenizer's tokens at every position of the target's text.
+    """The draft's greedy choice among the tokenizer's tokens, or those that it keeps, at every position of the target's text.
 
     Raises:
         ModelError: its logits are not finite.
@@ -162,7 +164,7 @@ def measure_agreement(graph: DraftGraph, samples: Sequence[Sample], num_tokens: 
             logits = graph.extend(piece)
             if not np.isfinite(logits).all():
                 raise ModelError("the exported draft yields logits that are not finite; take --precision fp32 or another draft")
-            guesses.append(int(logits[:num_tokens].argmax()))
+            guesses.append(int(logits[:num_tokens].argmax() if graph.kept is None else graph.kept[logits.argmax()]))
         runs.append([guess == token for guess, token in zip(guesses, sample.continuation_ids, strict=True)])
     survival = estimate_survival(runs)
     matches = list(itertools.chain.from_iterable(runs))
@@ -189,6 +191,6 @@ def graph_buffers(samples: Sequence[Sample]) -> int:
     return max(len(sample.prompt_ids) + len(sample.continuation_ids) for sample in samples) + 1
 
 
-def open_graph(path: Path, samples: Sequence[Sample]) -> DraftGraph:
+def open_graph(path: Path, samples: Sequence[Sample], vocab: DraftVocab | None = None) -> DraftGraph:
     """The graph with room for every sample, on two threads."""
-    return DraftGraph(path, graph_buffers(samples), num_threads=2)
+    return DraftGraph(path, graph_buffers(samples), num_threads=2, vocab=vocab)

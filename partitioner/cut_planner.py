@@ -123,6 +123,16 @@ class CutPlanner:
             self._known[edge, used] = Candidate(edge, used, damage, halves)
         return self._known[edge, used]
 
+    def at(self, edge: Edge, link: LinkSpec) -> Candidate | None:
+        """The cut itself, with the codecs that get it across soonest, or none; None if it is not allowed or loses too much."""
+        if not self.problem(link, {}).allows(edge):
+            return None
+        for codecs in (self._codecs(link), {}):
+            candidate = self.try_cut(edge, codecs)
+            if candidate.damage.loss <= self.max_loss:
+                return candidate
+        return None
+
     def _codecs(self, link: LinkSpec) -> dict[str, str]:
         """For every tensor the codec that gets it across soonest, of those that may still be used."""
 

@@ -11,10 +11,13 @@ from typing import Literal
 
 import onnx
 
+from edgecloud.draft_vocab import DRAFT_VOCAB, DraftVocab
 from edgecloud.errors import BundleError, ModelError
 from edgecloud.fingerprint import read_json
 from edgecloud.partitioner.child import ChildError, run_module
+from edgecloud.partitioner.download import NO_SPACE
 from edgecloud.partitioner.model_folder import ModelFolder
+from edgecloud.partitioner.trimmed_head import trim_head
 
 Precision = Literal["int4", "fp32"]  # of a draft
 FrontPrecision = Literal["int4", "int8", "fp16", "fp32"]
@@ -22,18 +25,31 @@ BUILDER = "onnxruntime_genai.models.builder"
 GRAPH_FILES = ("model.onnx", "model.onnx.data")
 
 
-def export_graph(model: ModelFolder, folder: Path, precision: Precision) -> Path:
-    """Write model.onnx and model.onnx.data to `folder`.  -> the graph
+def export_graph(model: ModelFolder, folder: Path, precision: Precision, vocab: DraftVocab | None = None) -> Path:
+    """Write model.onnx and model.onnx.data to `folder`; with `vocab` it yields logits of these tokens only.  -> the graph
 
     Raises:
-        ModelError: the builder cannot export this model; carries its last lines.
+        ModelError: the builder cannot export this model; carries its last lines. Or its head cannot be trimmed.
         BundleError: there is no room for the graph.
     """
     tied = bool(model.config.get("tie_word_embeddings"))
     options = ["prune_lm_head=true", f"shared_embeddings={'true' if tied else 'false'}"]
     if precision == "int4":
         options.append("accuracy_level=4")  # activations in int8
-    return run_builder(model, folder, precision, options)
+    if vocab is None:
+        return run_builder(model, folder, precision, options)
+    if precision == "int4" and not tied:
+        options.append("op_types_to_quantize=MatMul/Gather")  # who trims a head wants small files: the embedding in int4, too
+    graph = run_builder(model, folder, precision, options)
+    try:
+        trim_head(graph, vocab, model.vocab_size)
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise BundleError(f"no room for the exported graph in {folder.parent}; free some space and run it again") from error
+        raise
+    except ModelError as error:
+        raise ModelError(f"{model.path} has a {DRAFT_VOCAB}, but {error}") from error
+    return graph
 
 
 def run_builder(model: ModelFolder, folder: Path, precision: Precision, options: Sequence[str]) -> Path:

@@ -25,7 +25,7 @@ def fitted(
 
     Args:
         name: of the machine.
-        num_weights: of the model that was timed.
+        num_weights: that a pass of the timed model reads.
         measured: its passes, layer by layer.
         pass_ms: the same as a whole.
         ram: GB that a model may use.

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from edgecloud.draft_vocab import DraftVocab
 from edgecloud.errors import ModelError
 
 BOUNDARY = "boundary"  # a front's output: [1, rows, width] float32
@@ -64,17 +65,30 @@ class CachedGraph:
 
 
 class DraftGraph(CachedGraph):
-    """A draft: logits of the last position. Raises ModelError, also where the logits are those of all positions."""
+    """A draft: logits of the last position, of all tokens or those of `vocab`.
 
-    def __init__(self, path: Path, max_tokens: int, num_threads: int, options: ort.SessionOptions | None = None) -> None:
+    Raises ModelError, also where the logits are those of all positions or of another number of tokens.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        max_tokens: int,
+        num_threads: int,
+        options: ort.SessionOptions | None = None,
+        vocab: DraftVocab | None = None,
+    ) -> None:
         super().__init__(path, max_tokens, num_threads, options)
         shape = self._output_shapes["logits"]
         if shape[1] != 1:
             raise ModelError(f"{path} yields logits of shape {shape}; export it with prune_lm_head=true")
+        if vocab is not None and shape[2] != len(vocab):
+            raise ModelError(f"{path} yields logits of {shape[2]} tokens, its list has {len(vocab)}; export it again")
+        self.kept = None if vocab is None else np.array(vocab.token_ids)  # whose logits they are; None: of all tokens
         self._logits = np.zeros((1, 1, shape[2]), np.float32)
 
     def extend(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Append tokens.  -> logits [vocab] after the last; overwritten by the next call."""
+        """Append tokens.  -> logits [vocab] or [kept] after the last; overwritten by the next call."""
         self._append(token_ids, "logits", self._logits)
         last: npt.NDArray[np.float32] = self._logits[0, 0]
         return last

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edgecloud.errors import BundleCorruptError
+from edgecloud.exits import Exits
 from edgecloud.graph_bundle import CutInfo, GraphBundle, GraphInfo
 from edgecloud.manifest import names_below, verify_file
 
@@ -28,6 +29,7 @@ class GraphInspection:
     cloud_is_here: bool  # a device's copy has no cloud/
     checks: dict[str, Any]  # what was measured at partition time
     problems: list[str]  # files that are not what the manifest says
+    exits: Exits | None  # of a classifier that has some
 
     def to_dict(self) -> dict[str, Any]:
         """The object that `edgecloud inspect --json` prints."""
@@ -67,6 +69,7 @@ def inspect_graph_bundle(path: Path) -> GraphInspection:
         cloud_is_here=cloud,
         checks=bundle.checks,
         problems=problems,
+        exits=bundle.exits,
     )
 
 

@@ -57,7 +57,7 @@ def partition_graph(request: GraphRequest, *, dry_run: bool = False, remark: Rem
         regions=plan.regions,
         max_loss=request.max_loss,
         loss_metric=request.loss_metric,
-        notes=_notes(prepared),
+        notes=_notes(prepared) + [f"{name} has no cut within the limits, so nothing can leave there" for name in plan.lost_exits],
     )
     if not dry_run:
         remark("writing the bundle")
@@ -108,6 +108,7 @@ def _write(destination: Path, prepared: Prepared, plan: Plan, report: GraphRepor
                 chosen=report.chosen,
                 files=files,
                 checks={**report.checks(), "num_samples": len(prepared.samples), "machine": machine()},
+                exits=prepared.exits,
             )
             (folder / MANIFEST).write_text(bundle.to_json(), "utf-8")
             GraphBundle.open(folder)  # what cannot be read back gets no name

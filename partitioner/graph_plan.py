@@ -37,6 +37,7 @@ class Plan:
     proven: bool  # whether the search has shown that no cut has a better prediction
     bound_ms: float  # no cut is predicted to cost less
     regions: list[Region]
+    lost_exits: list[str]  # those that no cut can be made at
 
 
 def make_plan(prepared: Prepared, remark: Remark) -> Plan:
@@ -53,9 +54,13 @@ def make_plan(prepared: Prepared, remark: Remark) -> Plan:
         raise ConfigError(_why_nothing_fits(prepared))
     remark(f"the best cuts from {SWEEP_MBPS[0]:g} to {SWEEP_MBPS[-1]:g} Mbit/s")
     choices = [planner.choose(request.link.scaled(mbps, request.link.rtt_ms)) for mbps in SWEEP_MBPS]
-    if all(choice is None or choice.candidate.edge in (frozenset(), prepared.dag.whole) for choice in [first, *choices]):
+    exits = {name: planner.at(edge, request.link) for name, edge in prepared.exit_edges().items()}
+    kept = [candidate for candidate in exits.values() if candidate is not None]
+    if not kept and all(
+        choice is None or choice.candidate.edge in (frozenset(), prepared.dag.whole) for choice in [first, *choices]
+    ):
         choices.append(planner.choose(request.link, divided=True))  # so that a cut is there when a machine slows down
-    candidates = _select(prepared, first, [choice.candidate for choice in choices if choice is not None])
+    candidates = _select(prepared, first, [choice.candidate for choice in choices if choice is not None], kept)
     for name, candidate in candidates.items():
         remark(f"checking {name}")
         planner.accuracy.require_same_nodes(candidate.halves)
@@ -66,7 +71,8 @@ def make_plan(prepared: Prepared, remark: Remark) -> Plan:
     if chosen not in ("edge", "cloud"):  # it lies where everyone looks first
         infos[chosen] = replace(infos[chosen], edge="edge/edge.onnx", cloud="cloud/cloud.onnx")
     cuts = [(infos[name], candidates[name]) for name in candidates]
-    return Plan(cuts, chosen, first.proven, first.bound / NS, _regions(list(infos.values()), request))
+    lost = [name for name, candidate in exits.items() if candidate is None]
+    return Plan(cuts, chosen, first.proven, first.bound / NS, _regions(list(infos.values()), request), lost)
 
 
 def cheapest(cuts: Sequence[CutInfo], request: GraphRequest, link: LinkSpec | None = None) -> str:
@@ -85,8 +91,8 @@ def cost_ms(cut: CutInfo, request: GraphRequest, link: LinkSpec | None = None) -
     return cut.edge_ms + cut.codec_ms + up_ms + cut.cloud_ms + down_ms + (link.call_ms if cut.cloud is not None else 0.0)
 
 
-def _select(prepared: Prepared, first: Choice, others: Sequence[Candidate]) -> dict[str, Candidate]:
-    """Edge only, cloud only, the best for the stated link, and those that win on most other links."""
+def _select(prepared: Prepared, first: Choice, others: Sequence[Candidate], exits: Sequence[Candidate]) -> dict[str, Candidate]:
+    """Edge only, cloud only, those at exits, the best for the stated link, and those that win on most other links."""
     planner, request = prepared.planner, prepared.request
     pool = list(dict.fromkeys([first.candidate, *others, *planner.good()]))
     arms: dict[str, Candidate] = {}
@@ -103,7 +109,8 @@ def _select(prepared: Prepared, first: Choice, others: Sequence[Candidate]) -> d
     divided = [candidate for candidate in pool if candidate.edge not in (frozenset(), prepared.dag.whole)]
     ranked = sorted(dict.fromkeys(divided), key=lambda candidate: (candidate != first.candidate, -wins[candidate]))
     useful = [candidate for candidate in ranked if wins[candidate] or candidate == first.candidate]
-    for candidate in (useful or ranked[:1])[: MAX_CUTS - len(arms)]:
+    places = max(1, MAX_CUTS - len(arms) - len(exits))
+    for candidate in dict.fromkeys([*exits, *(useful or ranked[:1])[:places]]):
         arms[f"cut-{1 + sum(name.startswith('cut-') for name in arms)}"] = candidate
     return arms
 

@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from edgecloud.errors import ConfigError
+from edgecloud.exits import Exits
 from edgecloud.partitioner.boundary import LOSSY, Accuracy, measure_codecs
+from edgecloud.partitioner.classifier_metadata import read_exits
 from edgecloud.partitioner.cut_planner import NS, CutPlanner
-from edgecloud.partitioner.dag import Dag
+from edgecloud.partitioner.dag import Dag, Edge
 from edgecloud.partitioner.graph_request import GraphRequest
 from edgecloud.partitioner.node_profile import NodeProfile, profile_nodes, read_profile, surviving_tensors
 from edgecloud.partitioner.onnx_dag import Structure, analyse, build_dag, crossing_names
@@ -34,6 +36,19 @@ class Prepared:
     cloud_share: float  # time of the cloud over that of the device, all nodes
     planner: CutPlanner
     num_threads: int
+    exits: Exits | None  # of a classifier that has some
+
+    def exit_edges(self) -> dict[str, Edge]:
+        """By exit, the least that the device computes to leave there: that exit and those before it."""
+        if self.exits is None:
+            return {}
+        group_of = {node: index for index, nodes in enumerate(self.structure.groups) for node in nodes}
+        found: dict[str, Edge] = {}
+        edge: Edge = frozenset()
+        for head in self.exits.heads:
+            made = [group_of[self.structure.producers[name]] for name in (head.answer, head.features)]
+            edge = found[head.name] = edge | self.dag.ancestors(made)
+        return found
 
 
 def prepare(request: GraphRequest, remark: Remark) -> Prepared:
@@ -41,6 +56,7 @@ def prepare(request: GraphRequest, remark: Remark) -> Prepared:
     num_threads = request.num_threads or len(os.sched_getaffinity(0))
     remark("reading the model")
     model = load_model(request.model)
+    exits = read_exits(model)
     samples = load_samples(request.inputs, model)
     if request.max_loss and not request.inputs:
         raise ConfigError(f"--max-loss {request.max_loss:g} is judged on samples of yours; give --inputs SAMPLE.npz")
@@ -67,7 +83,7 @@ def prepare(request: GraphRequest, remark: Remark) -> Prepared:
         request.max_ram_bytes, request.objective,
     )  # fmt: skip
     share = sum(cloud_ns) / (sum(device_ns) or 1)
-    return Prepared(request, model, samples, structure, facts, dag, device, share, planner, num_threads)
+    return Prepared(request, model, samples, structure, facts, dag, device, share, planner, num_threads, exits)
 
 
 def group_times(profile: NodeProfile, model: OnnxModel, structure: Structure) -> tuple[int, ...]:

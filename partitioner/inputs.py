@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgecloud.bundle import is_bundle
+from edgecloud.draft_vocab import DRAFT_VOCAB, DraftVocab
 from edgecloud.errors import BundleError, ConfigError, ModelError
 from edgecloud.kernels.codec import require_codec
 from edgecloud.partitioner.export import FrontPrecision, Precision
 from edgecloud.partitioner.model_folder import ModelFolder
-from edgecloud.partitioner.tokenizer_match import require_same_tokenizer
+from edgecloud.partitioner.tokenizer_match import eos_token_ids, require_same_tokenizer
 
 MARGIN_BYTES = 16 << 20
 INT4_BYTES = 4 / 8 + 4 / 32  # a weight: four bits and its share of a block's fp32 scale
@@ -41,6 +42,7 @@ class Inputs:
     target_bytes: int  # 0 new bytes where the target can be hard-linked
     needed_bytes: int  # on the destination's disk, the fp32 exports for the parity checks included
     front: FrontPlan | None = None
+    vocab: DraftVocab | None = None  # the tokens that the draft may propose; None: all
 
 
 def check_inputs(
@@ -58,7 +60,8 @@ def check_inputs(
 
     Raises:
         ConfigError: the bundle would replace the model's own folder; a cut out of range, an unknown boundary codec.
-        ModelError: a model folder cannot be used; TokenizerMismatchError: the two do not share a tokenizer.
+        ModelError: a model folder or the draft's list of tokens cannot be used;
+            TokenizerMismatchError: the two do not share a tokenizer.
         BundleError: something else is in the way, or the disk has too little room.
     """
     target = ModelFolder.open(model)
@@ -68,6 +71,7 @@ def check_inputs(
         raise ConfigError(f"{bundle} is the model's own folder; choose another one for the bundle")
     front = None if cut is None else _plan_front(target, cut, front_precision, boundary)
     num_tokens = require_same_tokenizer(drafter, target)
+    vocab = _read_vocab(drafter, target, num_tokens)
     parent = next(folder for folder in destination.parents if folder.exists())
     linked = parent.stat().st_dev == target.path.stat().st_dev
     draft_bytes = int(drafter.num_parameters * (INT4_BYTES if precision == "int4" else 4))
@@ -76,7 +80,7 @@ def check_inputs(
     front_bytes = 0 if front is None else _front_bytes(target)
     needed = target_bytes + draft_bytes + check_bytes + front_bytes + MARGIN_BYTES
     require_space(parent, needed)
-    return Inputs(target, drafter, destination, precision, num_tokens, draft_bytes, target.num_bytes, needed, front)
+    return Inputs(target, drafter, destination, precision, num_tokens, draft_bytes, target.num_bytes, needed, front, vocab)
 
 
 def require_space(folder: Path, needed_bytes: int) -> None:
@@ -93,6 +97,18 @@ def require_front_space(cache: Path | None, target: ModelFolder) -> None:
     """Where a front that is only tried is written. Raises BundleError."""
     folder = Path(tempfile.gettempdir()) if cache is None else cache
     require_space(folder, _front_bytes(target) + MARGIN_BYTES)
+
+
+def _read_vocab(draft: ModelFolder, target: ModelFolder, num_tokens: int) -> DraftVocab | None:
+    path = draft.path / DRAFT_VOCAB
+    if not path.exists():
+        return None
+    try:
+        vocab = DraftVocab.read(path)
+        vocab.require(num_tokens, eos_token_ids(target))
+    except ValueError as error:
+        raise ModelError(f"{path}: {error}; without this file the draft keeps its whole head") from error
+    return vocab
 
 
 def _plan_front(target: ModelFolder, cut: int, precision: FrontPrecision, codec: str) -> FrontPlan:

@@ -56,6 +56,7 @@ class Inspection:
     licence: str | None
     target: dict[str, Any]
     draft: dict[str, Any]
+    num_kept_ids: int | None  # tokens that a trimmed draft may propose; None: all, or a list that is not as listed
     front: dict[str, Any] | None
     tokenizer: dict[str, Any]
     window_tokens: int
@@ -90,6 +91,7 @@ def inspect_bundle(path: Path) -> Inspection:
     window = min(bundle.target.max_context_tokens, bundle.draft.max_context_tokens)
     models = {"draft": bundle.draft.model} | ({} if bundle.front is None else {"front": bundle.front.model})
     graphs = {part: _read(bundle, part, model, window) for part, model in models.items() if model not in broken}
+    vocab = None if bundle.draft.vocab in broken else bundle.draft_vocab()
     return Inspection(
         bundle=str(path),
         kind="pair",
@@ -98,6 +100,7 @@ def inspect_bundle(path: Path) -> Inspection:
         licence=bundle.licence,
         target=asdict(bundle.target),
         draft=asdict(bundle.draft),
+        num_kept_ids=None if vocab is None else len(vocab),
         front=None if bundle.front is None else asdict(bundle.front),
         tokenizer=asdict(bundle.tokenizer),
         window_tokens=window,

@@ -35,9 +35,10 @@ class ModelShape:
     vocab_size: int
     tied: bool  # embedding and head are one matrix
     fingerprint: str | None = None  # to find what was measured of it
+    num_kept_ids: int | None = None  # rows of a trimmed head
 
     @classmethod
-    def of(cls, model: ModelFolder, fingerprint: str | None = None) -> ModelShape:
+    def of(cls, model: ModelFolder, fingerprint: str | None = None, num_kept_ids: int | None = None) -> ModelShape:
         """From config.json. Raises ModelError: a size is missing."""
         inner = model.config.get("text_config")
         config = inner if isinstance(inner, dict) else model.config
@@ -60,6 +61,7 @@ class ModelShape:
             vocab_size=model.vocab_size,
             tied=bool(model.config.get("tie_word_embeddings")),
             fingerprint=fingerprint,
+            num_kept_ids=num_kept_ids,
         )
 
     @property
@@ -70,13 +72,13 @@ class ModelShape:
 
     @property
     def head_weights(self) -> int:
-        """Numbers in the head, and as many in the embedding."""
-        return self.hidden_size * self.vocab_size
+        """Numbers in the head."""
+        return self.hidden_size * (self.num_kept_ids or self.vocab_size)
 
     @property
     def num_weights(self) -> int:
-        """Of the whole model."""
-        return self.num_layers * self.layer_weights + self.head_weights * (1 if self.tied else 2)
+        """Numbers that a pass reads: the layers and the head; of the embedding it reads a row a token."""
+        return self.num_layers * self.layer_weights + self.head_weights
 
     def kv_bytes(self, num_layers: int, num_tokens: int, number_bytes: float = DEVICE_KV_BYTES) -> float:
         """Of the caches of so many layers."""
@@ -85,8 +87,8 @@ class ModelShape:
     def weight_bytes(self, weights: str, num_layers: int | None = None, *, head: bool = True) -> float:
         """Of embedding, the first `num_layers` layers (None: all), and the head."""
         layers = self.num_layers if num_layers is None else num_layers
-        ends = 2 if head and not self.tied else 1
-        return WEIGHT_BYTES[weights] * (layers * self.layer_weights + ends * self.head_weights)
+        own_head = self.head_weights if head and not self.tied else 0
+        return WEIGHT_BYTES[weights] * (layers * self.layer_weights + self.hidden_size * self.vocab_size + own_head)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from edgecloud.bundle import MANIFEST, Bundle, DraftInfo, FileInfo, FrontInfo, TargetInfo, TokenizerInfo
+from edgecloud.draft_vocab import DRAFT_VOCAB
 from edgecloud.errors import BundleError, ModelError
 from edgecloud.fingerprint import sha256_file, tokenizer_fingerprint
 from edgecloud.partitioner import check, tokenizer_match
@@ -69,12 +70,15 @@ def _fill(folder: Path, inputs: Inputs, cache: Path | None, remark: Remark, refe
     draft_fingerprint = target_fingerprint if draft.path == target.path else draft.fingerprint()
     (folder / DRAFT_FOLDER).mkdir(parents=True)
     graph = _export_draft(folder, inputs, draft_fingerprint, cache, remark)
+    if inputs.vocab is not None:
+        (folder / DRAFT_FOLDER / DRAFT_VOCAB).write_text(inputs.vocab.to_json(), "utf-8")
     _copy_target(target, folder / "cloud")
     tokenizer = _write_tokenizer(folder, target)
     parity, agreement = cached_check(
         cache,
         (target_fingerprint, draft_fingerprint, tokenizer.fingerprint),
         inputs.precision,
+        inputs.vocab,
         folder / "checks",
         lambda: _check(folder, graph, inputs, reference, remark),
     )
@@ -94,9 +98,10 @@ def _fill(folder: Path, inputs: Inputs, cache: Path | None, remark: Remark, refe
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+    described = [inputs.precision] + ([] if inputs.vocab is None else [inputs.vocab.fingerprint()])
     report = PartitionReport(
         bundle=str(inputs.destination),
-        pair_id=_pair_id(target_fingerprint, draft_fingerprint, tokenizer.fingerprint, inputs.precision),
+        pair_id=_pair_id(target_fingerprint, draft_fingerprint, tokenizer.fingerprint, *described),
         target_name=target.name,
         draft_name=draft.name,
         precision=inputs.precision,
@@ -111,6 +116,7 @@ def _fill(folder: Path, inputs: Inputs, cache: Path | None, remark: Remark, refe
         device=device,
         notes=describe_notes(target, draft, inputs),
         front=front_report,
+        num_kept_ids=None if inputs.vocab is None else len(inputs.vocab),
     )
     bundle = Bundle(
         path=folder,
@@ -125,6 +131,7 @@ def _fill(folder: Path, inputs: Inputs, cache: Path | None, remark: Remark, refe
         draft=DraftInfo(
             name=draft.name, fingerprint=draft_fingerprint, model=f"{DRAFT_FOLDER}/{GRAPH_FILES[0]}",
             quantization=inputs.precision, vocab_size=draft.vocab_size, max_context_tokens=draft.max_context_tokens,
+            vocab=None if inputs.vocab is None else f"{DRAFT_FOLDER}/{DRAFT_VOCAB}",
         ),
         tokenizer=tokenizer,
         files=files,
@@ -142,9 +149,10 @@ def _fill(folder: Path, inputs: Inputs, cache: Path | None, remark: Remark, refe
 
 
 def _export_draft(folder: Path, inputs: Inputs, fingerprint: str, cache: Path | None, remark: Remark) -> Path:
-    remark(f"exporting the draft as {inputs.precision} ONNX")
+    kept = "" if inputs.vocab is None else f", its head for {len(inputs.vocab)} tokens"
+    remark(f"exporting the draft as {inputs.precision} ONNX{kept}")
     exported = folder / "export"
-    if cached_export(cache, inputs.draft, fingerprint, exported, inputs.precision):
+    if cached_export(cache, inputs.draft, fingerprint, exported, inputs.precision, inputs.vocab):
         remark("it was in the cache")
     for name in GRAPH_FILES:
         if (exported / name).exists():
@@ -158,11 +166,11 @@ def _check(folder: Path, graph: Path, inputs: Inputs, reference: Reference, rema
     remark("logit parity of an fp32 export with torch")
     draft_model = reference.model if draft.path == target.path else check.load_torch(draft, fp32=True)
     scratch = folder / "parity"
-    unquantized = graph if inputs.precision == "fp32" else export_graph(draft, scratch, "fp32")
-    parity = check.check_parity(draft_model, check.open_graph(unquantized, samples), samples)
+    unquantized = graph if inputs.precision == "fp32" else export_graph(draft, scratch, "fp32", inputs.vocab)
+    parity = check.check_parity(draft_model, check.open_graph(unquantized, samples, inputs.vocab), samples)
     shutil.rmtree(scratch, ignore_errors=True)
     remark("agreement of draft and target")
-    return parity, check.measure_agreement(check.open_graph(graph, samples), samples, inputs.num_tokens)
+    return parity, check.measure_agreement(check.open_graph(graph, samples, inputs.vocab), samples, inputs.num_tokens)
 
 
 def _copy_target(target: ModelFolder, folder: Path) -> None:

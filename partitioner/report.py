@@ -53,6 +53,7 @@ class PartitionReport:
     device: DeviceFigures
     notes: list[str]
     front: FrontReport | None = None
+    num_kept_ids: int | None = None  # tokens that the draft may propose; None: all
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,7 +62,7 @@ class PartitionReport:
 
     def checks(self) -> dict[str, Any]:
         """What bundle.json keeps."""
-        kept = ("target_bytes", "draft_bytes", "device_bytes", "parity", "agreement", "device", "notes", "front")
+        kept = ("target_bytes", "draft_bytes", "device_bytes", "parity", "agreement", "device", "notes", "front", "num_kept_ids")
         return {key: value for key, value in self.to_dict().items() if key in kept and value is not None}
 
     def to_table(self) -> Table:
@@ -70,10 +71,11 @@ class PartitionReport:
         table.add_column(style="bold")
         table.add_column()
         parity, agreement, device = self.parity, self.agreement, self.device
+        kept = "" if self.num_kept_ids is None else f", a head for {self.num_kept_ids} tokens"
         rows = {
             "pair": self.pair_id,
             "target": f"{self.target_name}, {_mb(self.target_bytes)}, {self.target_fingerprint[:16]}",
-            "draft": f"{self.draft_name} {self.precision}, {_mb(self.draft_bytes)}, {self.draft_fingerprint[:16]}",
+            "draft": f"{self.draft_name} {self.precision}, {_mb(self.draft_bytes)}, {self.draft_fingerprint[:16]}{kept}",
             "tokenizer": self.tokenizer_fingerprint[:16],
             "on the device": f"{_mb(self.device_bytes)} of files, {_mb(device.peak_rss_bytes)} of memory at the peak",
             "logit parity before quantization": (

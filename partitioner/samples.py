@@ -36,6 +36,14 @@ def load_samples(files: Sequence[Path], model: OnnxModel) -> list[Sample]:
 
 
 def _load(file: Path, model: OnnxModel) -> Sample:
+    sample = read_arrays(file, model.inputs)
+    for tensor in model.inputs:
+        _check_shape(file, tensor, sample[tensor.name])
+    return sample
+
+
+def read_arrays(file: Path, inputs: Sequence[TensorInfo]) -> Sample:
+    """An array for every input, of its dtype; the shape is not looked at. Raises ConfigError as `load_samples`."""
     try:
         found = np.load(file, allow_pickle=False)
         if not isinstance(found, np.lib.npyio.NpzFile):
@@ -48,22 +56,21 @@ def _load(file: Path, model: OnnxModel) -> Sample:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"--inputs {file} is no .npz of plain arrays: {error}; save it with numpy.savez") from error
-    known = [tensor.name for tensor in model.inputs]
+    known = [tensor.name for tensor in inputs]
     if unknown := sorted(set(sample) - set(known)):
         near = get_close_matches(unknown[0], known, 1, 0.0)
         raise ConfigError(f"--inputs {file} has an array {unknown[0]!r}, the model no such input; did you mean {near[0]!r}?")
-    for tensor in model.inputs:
+    for tensor in inputs:
         if tensor.name not in sample:
             raise ConfigError(f"--inputs {file} lacks the input {tensor.name!r}, {tensor.dtype} of shape {tensor.shape}")
-        _check(file, tensor, sample[tensor.name])
+        if (dtype := sample[tensor.name].dtype).name != tensor.dtype:
+            raise ConfigError(
+                f"--inputs {file}: {tensor.name!r} is {dtype}, the model takes {tensor.dtype}; convert it with astype"
+            )
     return sample
 
 
-def _check(file: Path, tensor: TensorInfo, array: Array) -> None:
-    if array.dtype.name != tensor.dtype:
-        raise ConfigError(
-            f"--inputs {file}: {tensor.name!r} is {array.dtype}, the model takes {tensor.dtype}; convert it with astype"
-        )
+def _check_shape(file: Path, tensor: TensorInfo, array: Array) -> None:
     fits = len(array.shape) == len(tensor.shape) and all(
         not isinstance(wanted, int) or wanted == size for wanted, size in zip(tensor.shape, array.shape, strict=True)
     )

@@ -9,8 +9,9 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
+from edgecloud.draft_vocab import DraftVocab
 from edgecloud.fingerprint import sha256_file
-from edgecloud.partitioner import check, export, front, front_check, quantize
+from edgecloud.partitioner import check, export, front, front_check, quantize, trimmed_head
 from edgecloud.partitioner.candidate import CODECS
 from edgecloud.partitioner.inputs import FrontPlan
 from edgecloud.partitioner.model_folder import ModelFolder
@@ -19,13 +20,15 @@ from edgecloud.partitioner.step_cache import cached_step
 CHECKS, SAMPLES = "checks.json", "samples.json"
 
 
-def cached_export(cache: Path | None, model: ModelFolder, fingerprint: str, folder: Path, precision: export.Precision) -> bool:
+def cached_export(
+    cache: Path | None, model: ModelFolder, fingerprint: str, folder: Path, precision: export.Precision, vocab: DraftVocab | None
+) -> bool:
     """The model's graph in `folder`, as `export.export_graph` writes it.  -> whether it was in the cache
 
     Raises what `export_graph` raises.
     """
-    parts = {"step": "export", "model": fingerprint, "precision": precision, **_builder()}
-    return cached_step(cache, parts, folder, lambda made: export.export_graph(model, made, precision))
+    parts = {"step": "export", "model": fingerprint, "precision": precision, **_trimmed(vocab), **_builder()}
+    return cached_step(cache, parts, folder, lambda made: export.export_graph(model, made, precision, vocab))
 
 
 def cached_front_layers(cache: Path | None, model: ModelFolder, fingerprint: str, folder: Path, cut: int) -> bool:
@@ -78,6 +81,7 @@ def cached_check(
     cache: Path | None,
     fingerprints: tuple[str, ...],
     precision: str,
+    vocab: DraftVocab | None,
     scratch: Path,
     run: Callable[[], tuple[check.Parity, check.Agreement]],
 ) -> tuple[check.Parity, check.Agreement]:
@@ -90,9 +94,17 @@ def cached_check(
 
     prompts = hashlib.sha256("\n".join(check.PROMPTS).encode()).hexdigest()
     code = {"check": sha256_file(Path(check.__file__)), "torch": version("torch"), "prompts": prompts}
-    cached_step(cache, {"step": "check", "models": fingerprints, "precision": precision, **code, **_builder()}, scratch, make)
+    parts = {"step": "check", "models": fingerprints, "precision": precision, **_trimmed(vocab), **code, **_builder()}
+    cached_step(cache, parts, scratch, make)
     found = json.loads((scratch / CHECKS).read_text("utf-8"))
     return check.Parity(**found["parity"]), check.Agreement(**found["agreement"])
+
+
+def _trimmed(vocab: DraftVocab | None) -> dict[str, str]:
+    """What a trimmed draft depends on beside that; its list is no part of the model's fingerprint."""
+    if vocab is None:
+        return {}
+    return {"vocab": vocab.fingerprint(), "trim": sha256_file(Path(trimmed_head.__file__)), "onnx_ir": version("onnx-ir")}
 
 
 def _builder() -> dict[str, str]:

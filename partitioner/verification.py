@@ -42,7 +42,8 @@ def verify_bundle(path: Path, *, remark: Remark = lambda _: None) -> Verificatio
     samples = check.continue_greedily(model, check.encode_prompts(target, room), bundle.tokenizer.eos_token_ids, num_tokens)
     remark("agreement of draft and target")
     graph = bundle.file(bundle.draft.model)
-    agreement = check.measure_agreement(check.open_graph(graph, samples), samples, num_tokens)
+    vocab = bundle.draft_vocab()
+    agreement = check.measure_agreement(check.open_graph(graph, samples, vocab), samples, num_tokens)
     recorded = bundle.checks
     findings = [
         _at_least("agreement of the draft", _figure(recorded, "agreement", "acceptance_rate"), agreement.acceptance_rate),
@@ -58,8 +59,8 @@ def verify_bundle(path: Path, *, remark: Remark = lambda _: None) -> Verificatio
     if same:
         remark("logit parity of an fp32 export with torch")
         with tempfile.TemporaryDirectory() as scratch:
-            exported = graph if bundle.draft.quantization == "fp32" else export_graph(target, Path(scratch), "fp32")
-            parity = check.check_parity(model, check.open_graph(exported, samples), samples)
+            exported = graph if bundle.draft.quantization == "fp32" else export_graph(target, Path(scratch), "fp32", vocab)
+            parity = check.check_parity(model, check.open_graph(exported, samples, vocab), samples)
         was = _figure(recorded, "parity", "max_relative_diff")
         findings.append(Finding("logit parity before quantization", was, parity.max_relative_diff, parity.bound, passed=True))
     else:

@@ -16,6 +16,7 @@ from edgecloud.session import Session
 from edgecloud.types import Event, Reply, Service
 
 if TYPE_CHECKING:
+    from edgecloud.exits import Rule
     from edgecloud.inference import InferenceReply
     from edgecloud.tensors import Array
 
@@ -39,9 +40,12 @@ class AsyncClient:
         """As `Client.stream`: `async for event in client.stream(...)`."""
         return AsyncStream(self._thread, self._turn, lambda: self._client.stream(prompt, raw=raw, **options))
 
-    async def run(self, inputs: Mapping[str, Array], *, mode: str = "auto", deadline_s: float | None = None) -> InferenceReply:
+    async def run(
+        self, inputs: Mapping[str, Array], *, mode: str = "auto", deadline_s: float | None = None, risk: float | None = None,
+        exit_rule: Rule | None = None,
+    ) -> InferenceReply:  # fmt: skip
         """As `Client.run`; some run side by side."""
-        run = partial(self._client.run, inputs, mode=mode, deadline_s=deadline_s)
+        run = partial(self._client.run, inputs, mode=mode, deadline_s=deadline_s, risk=risk, exit_rule=exit_rule)
         return await asyncio.get_running_loop().run_in_executor(self._runs, run)
 
     def session(self, system: str | None = None) -> AsyncSession:

@@ -1,7 +1,7 @@
 """A bundle: the folder that `edgecloud partition` writes, and what device and cloud may believe of it.
 
     bundle.json   schema version, pair id, fingerprints, SHA-256 of every file
-    edge/draft/   model.onnx, model.onnx.data, tokenizer.json, chat_template.jinja
+    edge/draft/   model.onnx, model.onnx.data, tokenizer.json, chat_template.jinja, draft_vocab.json if its head is trimmed
     edge/front/   model.onnx, model.onnx.data: the target's first layers, for mode `split`
     cloud/        the target as a Hugging Face folder
 
@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from edgecloud.draft_vocab import DraftVocab
 from edgecloud.errors import BundleCorruptError, BundleError
 from edgecloud.manifest import (
     AGAIN,
@@ -56,8 +57,9 @@ class DraftInfo:
     fingerprint: str  # of the Hugging Face folder that it was exported from
     model: str  # path of the graph inside the bundle
     quantization: str  # int4, fp32
-    vocab_size: int  # columns of the logits; may be padded beyond the tokenizer's
+    vocab_size: int  # tokens that it reads; may be padded beyond the tokenizer's
     max_context_tokens: int
+    vocab: str | None = None  # path of the list of tokens that it may propose, draft_vocab.py; None: all that it reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +139,21 @@ class Bundle:
         """The target's Hugging Face folder, if the bundle carries it."""
         return None if self.target.folder is None else self.path / self.target.folder
 
+    def draft_vocab(self) -> DraftVocab | None:
+        """The tokens that the draft may propose; None: all.
+
+        Raises:
+            BundleCorruptError: the list is missing, damaged, or not one of this pair's tokens.
+        """
+        if self.draft.vocab is None:
+            return None
+        try:
+            vocab = DraftVocab.read(self.path / self.draft.vocab)
+            vocab.require(min(self.draft.vocab_size, self.target.vocab_size), self.tokenizer.eos_token_ids)
+        except ValueError as error:
+            raise BundleCorruptError(f"{self.path / self.draft.vocab}: {error}; {AGAIN}") from error
+        return vocab
+
     def verify_files(self, part: Literal["edge", "cloud"]) -> None:
         """Check size and SHA-256 of every file below edge/ or cloud/.
 
@@ -168,7 +185,8 @@ class Bundle:
             )
         read_on_device = [self.draft.model, self.tokenizer.path]
         front_model = None if self.front is None else self.front.model
-        read_on_device += [name for name in (self.tokenizer.chat_template, front_model) if name is not None]
+        named = (self.tokenizer.chat_template, front_model, self.draft.vocab)
+        read_on_device += [name for name in named if name is not None]
         check_listed(self.path, read_on_device, self.files)
         check_below(self.path, read_on_device, "edge")
         check_below(self.path, folders, "cloud")

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from edgecloud.edge.front_rows import FrontRows
     from edgecloud.edge.model import DraftModel
     from edgecloud.edge.tokenizer import ChatTokenizer
+    from edgecloud.exits import Rule
     from edgecloud.graph_bundle import GraphBundle
     from edgecloud.graph_client import GraphClient
     from edgecloud.inference import InferenceReply
@@ -144,7 +145,10 @@ class Client:
             tokens = self.tokenizer.encode_chat(check_messages(prompt))
         return self.start(tokens, None, **options)
 
-    def run(self, inputs: Mapping[str, Array], *, mode: str = "auto", deadline_s: float | None = None) -> InferenceReply:
+    def run(
+        self, inputs: Mapping[str, Array], *, mode: str = "auto", deadline_s: float | None = None, risk: float | None = None,
+        exit_rule: Rule | None = None,
+    ) -> InferenceReply:  # fmt: skip
         """Run a cut graph: `client.run({"input": array})["output"]`. Runs of several threads go on side by side.
 
         Args:
@@ -153,13 +157,16 @@ class Client:
                 all, if the bundle has the whole graph for it, and `reply.fell_back` says why. `edge`, `cloud`, or the name of a
                 cut: that one. `split`: the best of the cuts that both have a part in.
             deadline_s: seconds that the run may take. What the device computes itself is not cut short.
+            risk: share of early answers of a classifier that may be wrong (`edgecloud exits`). Where an exit is sure enough for it,
+                the reply is that exit's, which nobody verified, and `reply.exit` names it. None: nothing leaves early.
+            exit_rule: what makes an exit sure: `confidence`, `entropy`, `margin`, `feature_delta`. None: the bundle's.
 
         Raises:
-            ConfigError: inputs or mode cannot work. BundleError: the bundle cannot be used; BundleKindError: it is one for text.
+            ConfigError: inputs, mode or risk cannot work. BundleError: the bundle cannot be used (BundleKindError: it is for text).
             ModelMismatchError: the service runs another graph, or other cuts of it.
             CloudError: the cloud could not answer, and nobody could stand in.
         """
-        return self._graph().run(inputs, mode, deadline_s)
+        return self._graph().run(inputs, mode, deadline_s, risk, exit_rule)
 
     def session(self, system: str | None = None) -> Session:
         """A conversation that keeps its tokens and caches between turns."""
@@ -464,15 +471,14 @@ class Client:
             if self._drafter is None:
                 from edgecloud.edge.drafter import ModelDrafter
 
-                graph = self.bundle.file(self.bundle.draft.model)
-                window, num_threads = self._window(), self._num_threads
-                vocab_size = min(self.bundle.draft.vocab_size, self.bundle.target.vocab_size)
+                bundle, window, num_threads = self.bundle, self._window(), self._num_threads
+                vocab_size = min(bundle.draft.vocab_size, bundle.target.vocab_size)
                 prefilled = self._estimates.device.prefilled
 
                 def load() -> DraftModel:
                     from edgecloud.edge.model import DraftModel
 
-                    return DraftModel(graph, window, num_threads, prefilled)
+                    return DraftModel.of_bundle(bundle, window, num_threads, prefilled)
 
                 self._drafter = ModelDrafter(load, vocab_size)
             return self._drafter

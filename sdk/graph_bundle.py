@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edgecloud.errors import BundleCorruptError, ConfigError
+from edgecloud.exits import Exits
 from edgecloud.manifest import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -136,6 +137,7 @@ class GraphBundle:
     chosen: str  # name of the cut that is best for the stated link and objective
     files: dict[str, FileInfo]
     checks: dict[str, Any] = field(default_factory=dict)  # objective, link, loss metric, profile, limits
+    exits: Exits | None = None  # of a classifier that has some
 
     @classmethod
     def open(cls, path: str | Path) -> GraphBundle:
@@ -159,6 +161,8 @@ class GraphBundle:
         if isinstance(cuts, list):
             cuts = [_with_boundary(cut, f"cuts[{index}].boundary", manifest) for index, cut in enumerate(cuts)]
         content["cuts"] = build_list(CutInfo, cuts, "cuts", manifest)
+        if content.get("exits") is not None:
+            content["exits"] = Exits.from_dict(content["exits"], manifest)
         bundle = build(cls, {**content, "path": folder}, "", manifest)
         bundle._check()
         return bundle
@@ -189,10 +193,18 @@ class GraphBundle:
             digest.update(json.dumps([cut.name, hashes, sent]).encode())
         return int.from_bytes(digest.digest(), "little") or 1
 
+    @property
+    def own_outputs(self) -> list[str]:
+        """Outputs of the graph that are no exit's."""
+        of_exits = frozenset[str]() if self.exits is None else self.exits.outputs
+        return [tensor.name for tensor in self.graph.outputs if tensor.name not in of_exits]
+
     def to_json(self) -> str:
         """The text of bundle.json."""
         content = asdict(self)
         del content["path"]
+        if self.exits is None:
+            del content["exits"]
         return json.dumps({"schema_version": SCHEMA_VERSION, "kind": "graph", **content}, indent=2, allow_nan=False) + "\n"
 
     def _check(self) -> None:
@@ -209,6 +221,8 @@ class GraphBundle:
                     f"{manifest}: cut {cut.name} gives {[*cut.edge_outputs, *cut.cloud_outputs]}, the graph {outputs}; "
                     "make the bundle again"
                 )
+        if self.exits is not None and not {self.exits.output, *self.exits.outputs} <= set(outputs):
+            raise BundleCorruptError(f"{manifest}: exits name outputs that the graph, {outputs}, does not have; make it again")
         on_device = [cut.edge for cut in self.cuts if cut.edge is not None]
         in_cloud = [cut.cloud for cut in self.cuts if cut.cloud is not None]
         check_inside(self.path, [*self.files, *on_device, *in_cloud])

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYetError
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import RLock
 
 from edgecloud.edge.estimates import FIRST_PACKET_MS, LinkEstimate
@@ -23,8 +23,10 @@ from edgecloud.errors import (
     DeadlineExceededError,
     ModelMismatchError,
 )
+from edgecloud.exit_scores import Leave
+from edgecloud.exits import Rule
 from edgecloud.graph_bundle import CutInfo, GraphBundle
-from edgecloud.graph_options import check_inputs, cuts_of
+from edgecloud.graph_options import check_inputs, cuts_of, exits_of
 from edgecloud.inference import InferenceMetrics, InferenceReply
 from edgecloud.rpc import edgecloud_pb2 as pb
 from edgecloud.tensors import Array
@@ -34,6 +36,16 @@ MEET_S = 1.0  # how long the first run waits for the cloud to introduce itself, 
 LEAST_LOST_S, LOST_FACTOR = 1.0, 4.0  # after so many times what was expected, the device computes it all
 MARGIN_S = 0.02  # of a deadline
 DEVICE_MARGIN = 1.25  # what the device may take longer than expected
+
+
+@dataclass(frozen=True, slots=True)
+class DevicePart:
+    """What the device has computed for a cut."""
+
+    cut: CutInfo
+    found: Mapping[str, Array]
+    edge_ms: float
+    is_warm: bool  # not the first run of a graph just loaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +94,9 @@ class GraphClient:
         self._loss: str | None = None  # why the cloud counts as lost
         self._latest: CutInfo | None = None
 
-    def run(self, inputs: Mapping[str, Array], mode: str, deadline_s: float | None) -> InferenceReply:
+    def run(
+        self, inputs: Mapping[str, Array], mode: str, deadline_s: float | None, risk: float | None = None, rule: Rule | None = None
+    ) -> InferenceReply:
         """The outputs. Raises as `Client.run`."""
         if deadline_s is not None and not (isinstance(deadline_s, int | float) and deadline_s > 0):
             raise ConfigError(f"deadline_s is {deadline_s!r}; it takes seconds above 0")
@@ -92,22 +106,33 @@ class GraphClient:
         cuts = cuts_of(self._bundle, mode, self._connect is not None)
         size = self._size(arrays)
         stands_in = self._alone if mode == "auto" else None  # who computes it all when the cloud does not answer
+        exits = exits_of(self._bundle, cuts, risk, rule)
         if all(cut.cloud is None for cut in cuts):
             return self._run_alone(cuts[0], arrays, size, started)
+        choice, cut, part = None, None, None
+        if exits:  # what leaves at an exit needs no service, so none is asked for before
+            choice, cut = self._choose(cuts, size, exits)
+            if cut.name in exits:
+                part = self._compute(cut, arrays)
+                if (answer := exits[cut.name].answer(part.found)) is not None:
+                    return self._leave(exits[cut.name].exit, answer, part, choice, size, started)
         service = self._meet(stands_in, size, end_s)
         if service is None:
             assert stands_in is not None
             return self._run_alone(stands_in, arrays, size, started, self._loss)
         with self._lock:
             allowed = self._allowed(cuts, service, size)
-            choice = self._controller.choose(time.monotonic(), size, [cut.name for cut in allowed])
-            cut = self._ready(self._bundle.cut(choice.price.cut), allowed)
+        if choice is None or cut is None or cut not in allowed:
+            choice, cut = self._choose(allowed, size, {})
+        elif part is not None:  # it did not leave, so all of it is to be paid
+            with self._lock:
+                choice = replace(choice, price=self._controller.price(cut.name, size, time.monotonic()))
         if cut.cloud is None:
             reply = self._run_alone(cut, arrays, size, started)
         elif stands_in is None:
-            reply = self._run_until_answered(cut, arrays, size, service, started, end_s)
+            reply = self._run_until_answered(cut, part, arrays, size, service, started, end_s)
         else:
-            reply = self._run_or_stand_in(cut, stands_in, choice, arrays, size, service, started, end_s)
+            reply = self._run_or_stand_in(cut, part, stands_in, choice, arrays, size, service, started, end_s)
         with self._lock:
             self._controller.tried(choice, (time.perf_counter() - started) * 1e3, size, time.monotonic())
         return reply
@@ -192,6 +217,13 @@ class GraphClient:
         least = min(self._estimates.uplink_bytes[cut.name] * size for cut in served)
         raise _too_large(int(least), limit)
 
+    def _choose(self, allowed: Sequence[CutInfo], size: float, exits: Mapping[str, Leave]) -> tuple[Choice, CutInfo]:
+        """What the controller takes, and the cut that is ready for it."""
+        leaving = {name: leave.share for name, leave in exits.items()}
+        with self._lock:
+            choice = self._controller.choose(time.monotonic(), size, [cut.name for cut in allowed], leaving)
+            return choice, self._ready(self._bundle.cut(choice.price.cut), allowed)
+
     def _ready(self, cut: CutInfo, allowed: Sequence[CutInfo]) -> CutInfo:
         """The cut itself, or, while its graph is being loaded beside, the one that was used before."""
         latest = self._latest
@@ -215,15 +247,28 @@ class GraphClient:
             if is_warm:
                 self._estimates.edge.add(cut.name, edge_ms / size, time.monotonic())
         metrics = InferenceMetrics((now - started) * 1e3, edge_ms=edge_ms, num_attempts=num_attempts, uplink_bytes=uplink_bytes)
-        return InferenceReply({t.name: found[t.name] for t in self._bundle.graph.outputs}, cut.name, metrics, fell_back)
+        return InferenceReply({name: found[name] for name in self._bundle.own_outputs}, cut.name, metrics, fell_back)
+
+    def _leave(
+        self, name: str, answer: Array, part: DevicePart, choice: Choice, size: float, started: float
+    ) -> InferenceReply:  # fmt: skip
+        """The exit's answer stands for the classifier's."""
+        assert self._bundle.exits is not None
+        with self._lock:
+            if part.is_warm:
+                self._estimates.edge.add(part.cut.name, part.edge_ms / size, time.monotonic())
+            self._controller.tried(choice, (time.perf_counter() - started) * 1e3, size, time.monotonic())
+        metrics = InferenceMetrics((time.perf_counter() - started) * 1e3, edge_ms=part.edge_ms)
+        return InferenceReply({self._bundle.exits.output: answer}, part.cut.name, metrics, exit=name)
 
     def _run_until_answered(
-        self, cut: CutInfo, arrays: Mapping[str, Array], size: float, service: Service, started: float, end_s: float | None
-    ) -> InferenceReply:
+        self, cut: CutInfo, part: DevicePart | None, arrays: Mapping[str, Array], size: float, service: Service, started: float,
+        end_s: float | None,
+    ) -> InferenceReply:  # fmt: skip
         """Ask until there is an answer, within the bounds of the timeout."""
         assert self._connect is not None
         replicas = self._connect()
-        attempt = self._prepare(cut, arrays, size)
+        attempt = self._prepare(cut, part, arrays, size)
         _check_size(attempt.num_bytes, service)
         retry, num_attempts = Retry(self._timeout, end_s, replicas.address), 0
         while True:
@@ -235,8 +280,8 @@ class GraphClient:
                 retry.again_or_raise(error)
 
     def _run_or_stand_in(
-        self, cut: CutInfo, stands_in: CutInfo, choice: Choice, arrays: Mapping[str, Array], size: float, service: Service,
-        started: float, end_s: float | None,
+        self, cut: CutInfo, part: DevicePart | None, stands_in: CutInfo, choice: Choice, arrays: Mapping[str, Array], size: float,
+        service: Service, started: float, end_s: float | None,
     ) -> InferenceReply:  # fmt: skip
         """Ask once; when that comes to nothing in time, the device computes it all."""
         assert self._connect is not None
@@ -248,7 +293,7 @@ class GraphClient:
             patience_s = min(patience_s, self._spare_s(stands_in, size, end_s))
             if patience_s < (choice.price.total_ms - choice.price.edge_ms) / 1e3:  # to ask would leave no time to stand in
                 return self._run_alone(stands_in, arrays, size, started, f"the deadline is too near to ask {replicas.address}")
-        attempt = self._prepare(cut, arrays, size)
+        attempt = self._prepare(cut, part, arrays, size)
         try:
             _check_size(attempt.num_bytes, service)
         except ConfigError as error:
@@ -259,16 +304,23 @@ class GraphClient:
             self._lost(str(error))
             return self._run_alone(stands_in, arrays, size, started, str(error), 1, attempt.num_bytes)
 
-    def _prepare(self, cut: CutInfo, arrays: Mapping[str, Array], size: float) -> Attempt:
-        """The device's part, and the message for the cloud's."""
+    def _compute(self, cut: CutInfo, arrays: Mapping[str, Array]) -> DevicePart:
+        """The device's part of a cut."""
         begun = time.perf_counter()
         found, is_warm = self._parts.run(cut, arrays)
-        request = infer_request(cut, found, self._bundle.graph_hash)
-        edge_ms = (time.perf_counter() - begun) * 1e3
-        if is_warm:
+        return DevicePart(cut, found, (time.perf_counter() - begun) * 1e3, is_warm)
+
+    def _prepare(self, cut: CutInfo, part: DevicePart | None, arrays: Mapping[str, Array], size: float) -> Attempt:
+        """The device's part, unless it is there already, and the message for the cloud's."""
+        if part is None or part.cut is not cut:
+            part = self._compute(cut, arrays)
+        begun = time.perf_counter()
+        request = infer_request(cut, part.found, self._bundle.graph_hash)
+        edge_ms = part.edge_ms + (time.perf_counter() - begun) * 1e3
+        if part.is_warm:
             with self._lock:
                 self._estimates.edge.add(cut.name, edge_ms / size, time.monotonic())
-        return Attempt(found, request, edge_ms, request.ByteSize())
+        return Attempt(part.found, request, edge_ms, request.ByteSize())
 
     def _ask(
         self, cut: CutInfo, attempt: Attempt, replicas: Replicas, timeout_s: float, size: float, started: float, num_attempts: int
@@ -296,7 +348,7 @@ class GraphClient:
             self._estimates.served(cut.name, size, trip, time.monotonic())
         found = {**attempt.found, **outputs}
         metrics = _metrics(trip, attempt, (time.perf_counter() - started) * 1e3, num_attempts)
-        return InferenceReply({t.name: found[t.name] for t in self._bundle.graph.outputs}, cut.name, metrics)
+        return InferenceReply({name: found[name] for name in self._bundle.own_outputs}, cut.name, metrics)
 
     # Sizes and times
 

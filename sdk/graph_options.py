@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from edgecloud.errors import ConfigError
+from edgecloud.exit_scores import Leave, leaves
+from edgecloud.exits import Rule
 from edgecloud.graph_bundle import CutInfo, GraphBundle, GraphInfo, TensorInfo
 from edgecloud.tensors import Array
 
@@ -41,6 +43,24 @@ def cuts_of(bundle: GraphBundle, mode: str, has_cloud: bool) -> list[CutInfo]:
     if not reachable:
         raise ConfigError(f"mode {mode!r} needs a cloud for {', '.join(cut.name for cut in found)}; give HOST:PORT")
     return reachable
+
+
+def exits_of(bundle: GraphBundle, cuts: Sequence[CutInfo], risk: float | None, rule: Rule | None) -> dict[str, Leave]:
+    """By cut, when the device may leave without asking the cloud; without a risk never.
+
+    Raises:
+        ConfigError: the bundle has no exits, or none that keeps the risk.
+    """
+    if risk is None:
+        if rule is not None:
+            raise ConfigError(f"exit_rule {rule!r} decides nothing without a risk; say risk=0.05")
+        return {}
+    if bundle.exits is None:
+        raise ConfigError(f"{bundle.path} has no exits, so no risk is known; make some with `edgecloud exits`, or name no risk")
+    bundle.exits.points(risk, rule)  # whether the risk can be kept does not depend on the mode
+    divided = [cut for cut in cuts if cut.edge is not None and cut.cloud is not None]
+    found = {cut.name: leaves(bundle.exits, frozenset(cut.edge_outputs), risk, rule) for cut in divided}
+    return {name: leave for name, leave in found.items() if leave is not None}
 
 
 def _checked(array: Array, tensor: TensorInfo) -> Array:

@@ -34,6 +34,7 @@ class InferenceReply(Mapping[str, "Array"]):
     cut: str  # edge: all of it on the device; cloud: all of it in the cloud; cut-1, ...: divided there
     metrics: InferenceMetrics
     fell_back: str | None = None  # why the device computed it all although the cloud was asked; None: as it was chosen
+    exit: str | None = None  # the exit at which it left: the answer is that exit's and nobody verified it; None: the whole graph's
 
     def __getitem__(self, name: str) -> Array:
         return self.outputs[name]
@@ -47,4 +48,5 @@ class InferenceReply(Mapping[str, "Array"]):
     def to_dict(self) -> dict[str, Any]:
         """Everything but the values, as `edgecloud run --json` prints it."""
         shapes = {name: {"dtype": str(array.dtype), "shape": list(array.shape)} for name, array in self.outputs.items()}
-        return {"cut": self.cut, "fell_back": self.fell_back, "outputs": shapes, "metrics": asdict(self.metrics)}
+        where = {"cut": self.cut, "exit": self.exit, "fell_back": self.fell_back}
+        return {**where, "outputs": shapes, "metrics": asdict(self.metrics)}

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 from edgecloud.errors import BundleCorruptError, BundleKindError, BundleNotFoundError, BundleVersionError
 from edgecloud.fingerprint import sha256_file
 
-SCHEMA_VERSION = 2  # 2: front; what 1 says is read as before
+SCHEMA_VERSION = 3  # 2: front; 3: the draft's vocab; what they say without these is read as before
 MANIFEST = "bundle.json"
 AGAIN = "copy or make the bundle again"
 
@@ -163,7 +163,9 @@ _JSON_TYPES: dict[str, tuple[tuple[type, ...], tuple[type, ...]]] = {
     "str": ((str,), (object,)),
     "str | None": ((str, type(None)), (object,)),
     "int": ((int,), (object,)),
+    "int | None": ((int, type(None)), (object,)),
     "float": ((int, float), (object,)),
+    "float | None": ((int, float, type(None)), (object,)),
     "list[int]": ((list,), (int,)),
     "list[str]": ((list,), (str,)),
     "list[int | str | None]": ((list,), (int, str, type(None))),

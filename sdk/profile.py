@@ -156,7 +156,7 @@ def _survey_device(client: Client, tokens: list[int]) -> DeviceSurvey:
     from edgecloud.edge.model import DraftModel
 
     bundle = client.bundle
-    model = DraftModel(bundle.file(bundle.draft.model), bundle.draft.max_context_tokens, client.num_threads)
+    model = DraftModel.of_bundle(bundle, bundle.draft.max_context_tokens, client.num_threads)
     return survey_device(model, min(bundle.draft.vocab_size, bundle.target.vocab_size), tokens)
 
 

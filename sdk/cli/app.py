@@ -11,8 +11,8 @@ import typer
 from edgecloud.errors import ConfigError, EdgecloudError
 
 COMMANDS = (
-    "fetch", "partition", "partition_graph", "inspect", "verify", "serve", "health", "token", "generate", "run", "link", "profile",
-    "bench", "demo",
+    "fetch", "distill", "partition", "partition_graph", "exits", "inspect", "verify", "calibrate", "serve", "health", "token",
+    "generate", "run", "link", "profile", "bench", "demo",
 )  # fmt: skip
 
 app = typer.Typer(
@@ -27,9 +27,14 @@ app = typer.Typer(
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line. Returns the exit code and never lets a traceback of a foreseen error through."""
+    from edgecloud.cli.exits import is_for_exits
     from edgecloud.cli.partition_graph import is_for_graph
 
-    words = ["partition-graph", *arguments[1:]] if is_for_graph(arguments) else list(arguments)
+    words = list(arguments)
+    if is_for_graph(words):
+        words[0] = "partition-graph"
+    elif is_for_exits(words):
+        words[0] = "exits"
     try:
         code = app(args=words, standalone_mode=False)
     except EdgecloudError as error:

@@ -22,6 +22,7 @@ def graph_table(found: GraphInspection) -> Table:
         "fingerprint": graph.fingerprint,
         "inputs": "\n".join(map(_tensor, graph.inputs)),
         "outputs": "\n".join(map(_tensor, graph.outputs)),
+        "exits": _exits(found),
         "chosen for": f"{checks['link']}, {checks.get('objective', 'unknown objective')}" if "link" in checks else "unknown",
         "files": f"{found.num_files}, {found.num_bytes / 1e6:.1f} MB, {state}",
         "parts": _parts(found),
@@ -45,6 +46,14 @@ def cuts_table(found: GraphInspection) -> Table:
     for cut in found.cuts:
         table.add_row(*_cells(cut, chosen=cut.name == found.chosen))
     return table
+
+
+def _exits(found: GraphInspection) -> str:
+    if found.exits is None:
+        return "none"
+    heads = "\n".join(f"{head.name} after {head.tensor}" for head in found.exits.heads)
+    said = f"by {found.exits.rule}, calibrated on {found.exits.num_samples} samples; right is by the {found.exits.judge}"
+    return f"{heads}\n{said}"
 
 
 def _parts(found: GraphInspection) -> str:

@@ -55,10 +55,11 @@ def contents_table(found: Inspection) -> Table:
     table.add_column(style="bold")
     table.add_column()
     target, draft, front = found.target, found.draft, found.front
+    kept = "" if found.num_kept_ids is None else f", proposes {found.num_kept_ids} of {draft['vocab_size']} tokens"
     rows = {
         "pair": f"{found.pair_id}, by {found.created_by}, licence {found.licence or 'unknown'}",
         "target": f"{target['name']}, {target['dtype']}, {target['num_parameters'] / 1e6:.1f} M weights, {target['fingerprint']}",
-        "draft": f"{draft['name']}, {draft['quantization']}, {draft['fingerprint']}",
+        "draft": f"{draft['name']}, {draft['quantization']}, {draft['fingerprint']}{kept}",
         "tokenizer": found.tokenizer["fingerprint"],
     }
     if front is not None:

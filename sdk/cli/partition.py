@@ -219,6 +219,7 @@ def _inputs(inputs: Inputs) -> dict[str, Any]:
         "num_tokenizer_tokens": inputs.num_tokens,
         "target_vocab_size": inputs.target.vocab_size,
         "draft_vocab_size": inputs.draft.vocab_size,
+        "draft_num_kept_ids": None if inputs.vocab is None else len(inputs.vocab),
         "disk_needed_bytes": inputs.needed_bytes,
         "front": None if inputs.front is None else asdict(inputs.front),
     }

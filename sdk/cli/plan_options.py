@@ -124,7 +124,8 @@ class PlanOptions:
         known = {measured.fingerprint for profile in (device, cloud) for measured in profile.measured}
         own = report.target_fingerprint if report else inputs.target.fingerprint() if known else None
         drafts_own = report.draft_fingerprint if report else own if inputs.draft.path == inputs.target.path else None
-        target, drafter = ModelShape.of(inputs.target, own), ModelShape.of(inputs.draft, drafts_own)
+        num_kept_ids = None if inputs.vocab is None else len(inputs.vocab)
+        target, drafter = ModelShape.of(inputs.target, own), ModelShape.of(inputs.draft, drafts_own, num_kept_ids)
         if report is not None and self.device is None:
             device = measured_by_export(device, report.draft_fingerprint, drafter, report.precision, report.device)
         measured = report is not None and self.acceptance is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -40,6 +40,14 @@ def run(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the outputs there, as .npz.")] = None,
     repeat: Annotated[int, typer.Option(help="Run as often; the last run is shown. The first few teach what is fastest.")] = 1,
     deadline_s: Annotated[float | None, typer.Option(help="Seconds that a run may take.")] = None,
+    risk: Annotated[
+        float | None,
+        typer.Option(help="Of a classifier with exits: share of early answers that may be wrong. Default: none leaves early."),
+    ] = None,
+    exit_rule: Annotated[
+        Literal["confidence", "entropy", "margin", "feature_delta"] | None,
+        typer.Option(help="What makes an exit sure; default: the bundle's rule."),
+    ] = None,
     threads: Annotated[int, typer.Option(help="Threads of the device's graph. 0: as many as this process may use.")] = 0,
     max_ram_mb: Annotated[int, typer.Option(help="MiB that loaded parts of the graph may take. 0: no limit.")] = 0,
     tls_ca: TlsCaOption = None,
@@ -62,7 +70,7 @@ def run(
         num_threads=threads, max_ram_mb=max_ram_mb,
     ) as client:  # fmt: skip
         for _ in range(repeat):
-            reply = client.run(arrays, mode=mode, deadline_s=deadline_s)
+            reply = client.run(arrays, mode=mode, deadline_s=deadline_s, risk=risk, exit_rule=exit_rule)
     if output is not None:
         write_arrays(output, reply)
     if json:
@@ -110,6 +118,8 @@ def _show(reply: InferenceReply) -> None:
         table.add_row(name, str(array.dtype), " x ".join(map(str, array.shape)))
     console = table_console()
     console.print(table)
+    if reply.exit:
+        console.print(f"left at {reply.exit}, not verified", highlight=False)
     if metrics.num_attempts:
         link_ms = metrics.uplink_ms + metrics.downlink_ms
         console.print(
