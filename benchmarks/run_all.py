@@ -1,7 +1,7 @@
 """Run every benchmark, one after another, and write benchmarks/results: `make bench`.
 
-boundary_damage and cloud_passes need questions and run only with --prompts (Spec-Bench's question.jsonl). --quick: few repetitions,
-a smoke test.
+boundary_damage, cloud_passes and lookup need questions and run only with --prompts (Spec-Bench's question.jsonl). --quick: few
+repetitions, a smoke test.
     python benchmarks/run_all.py --prompts spec_bench_dev.jsonl
 """
 
@@ -26,14 +26,15 @@ SCRIPTS = {  # with what --quick adds
     "classifier_exits": ["--draws", "20"],
     "boundary_damage": ["--per-category", "1", "--cuts", "10"],
     "cloud_passes": ["--per-category", "1", "--max-minutes", "1"],
+    "lookup": ["--per-category", "1", "--max-new-tokens", "40"],
 }
-NEED_PROMPTS = {"boundary_damage", "cloud_passes"}
+NEED_PROMPTS = {"boundary_damage", "cloud_passes", "lookup"}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--bundle", type=Path, help="default: the demo's, fetched and partitioned if need be")
-    parser.add_argument("--prompts", type=Path, help="for boundary_damage and cloud_passes")
+    parser.add_argument("--prompts", type=Path, help="for boundary_damage, cloud_passes and lookup")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder of the JSON files")
     options = parser.parse_args()

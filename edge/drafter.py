@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-from edgecloud.edge.model import DraftModel
 from edgecloud.kernels.choice_numpy import choose
 from edgecloud.kernels.confidence import top_probability
 from edgecloud.sampling import SamplingSettings
+
+if TYPE_CHECKING:
+    from edgecloud.edge.model import DraftModel  # loads ONNX Runtime, which copies do without
 
 
 class ModelDrafter:

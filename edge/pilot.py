@@ -34,6 +34,7 @@ from edgecloud.edge.happenings import (
     Tick,
     Verify,
 )
+from edgecloud.edge.lookup import Lookup
 from edgecloud.edge.plan import Plan, Planner
 from edgecloud.edge.retry import Retry
 from edgecloud.errors import CloudError, CloudOverloadedError, CloudUnavailableError, ContextMissingError, DeadlineExceededError
@@ -105,6 +106,7 @@ class Pilot:
         on_loss: without the cloud the device goes on with guesses (`continue`), or not (`wait`), or the generation ends (`fail`).
         max_provisional_tokens: guesses at a time while the cloud is late.
         met: the handshake has been made before, with this longest draft; None: it has not.
+        lookup: copies of the text, which go before the model's guesses and behind whole drafts; None: the model alone guesses.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class Pilot:
         on_loss: LossPolicy = "continue",
         max_provisional_tokens: int = 256,
         met: int | None = None,
+        lookup: Lookup | None = None,
     ) -> None:
         self.tokens = list(prompt)  # prompt and final tokens
         self.tail: list[int] = []  # the device's guesses, behind them
@@ -141,7 +144,11 @@ class Pilot:
         self._calls = itertools.count()
         self._flights: list[Flight] = []  # in the order in which they left; only such as can still come true
         self._stream: _Stream | None = None
+        self._lookup = lookup
+        self._alone = lookup is not None and lookup.alone
+        self._copied: set[int] = set()  # positions in the tail that no model guessed
         self._drafting = False
+        self._asked = 0  # the version that the guess under way was asked for
         self._version = 0  # of the tail: a guess made on an earlier one is void
         self._num_right = 0  # guesses in a row
         self._opened = False  # the target has read the prompt
@@ -280,8 +287,9 @@ class Pilot:
         for _ in range(same):
             self._tally.add(self._num_right, True)
             self._num_right += 1
-        if same < min(len(new), len(self.tail)):
+        if same < (len(new) if self._alone else min(len(new), len(self.tail))):
             self._tally.add(self._num_right, False)
+        self._learn(before, new, same)
         if same < len(new):
             self._num_right = 0
         self.tokens += new
@@ -289,6 +297,7 @@ class Pilot:
             del self.tail[:same]
         else:
             self.tail.clear()
+            self._copied.clear()
             self._version += 1
         for flight in list(self._flights):
             if (same < len(new) and flight.start > before + same) or flight.horizon <= len(self.tokens):
@@ -298,11 +307,23 @@ class Pilot:
         self._backlog = False
         self._finish_if_complete()
 
+    def _learn(self, start: int, new: Sequence[int], num_right: int) -> None:
+        """`new` became final at `start`, and the tail had so many of them right."""
+        if self._lookup is None:
+            return
+        for at in range(min(num_right + 1, len(new), len(self.tail))):
+            if start + at not in self._copied:
+                self._lookup.judge(at < num_right)
+        self._lookup.settle(new)
+        self._copied.difference_update(range(start, start + len(new)))
+
     # What goes out
 
     def _decide(self, now_s: float) -> None:
         plan = self._planner.plan(now_s, len(self.tokens))
         if not self._offline:
+            while self._copy(plan):
+                self._call(plan, now_s)
             self._call(plan, now_s)
         waited = self._waited(now_s)
         late = self._lateness(waited)
@@ -347,32 +368,57 @@ class Pilot:
             if room <= 0 or base > len(self.tail) or not self._stops.isdisjoint(self.tail[:base]):
                 return
             length = min(plan.num_draft_tokens, self._max_draft)
-            if self._backlog or not self._opened:  # all that there is, or the prompt alone
+            while length < self._max_draft and start + length in self._copied:
+                length += 1
+            if self._backlog or not (self._opened or last):  # all that there is, or the prompt alone
                 length = min(self._max_draft if self._backlog else 0, len(self.tail) - base)
             length = min(length, room - 1)
             draft = self.tail[base : base + length]
             if not self._stops.isdisjoint(draft):
                 del draft[next(at for at, token in enumerate(draft) if token in self._stops) + 1 :]
-            elif len(draft) < (length if last else min(length, plan.first)):
+            elif len(draft) < (length if last else min(length, plan.first)) and not self._alone:
                 return
-            if last and not draft and self._backlog:
+            if last and not draft and (self._backlog or self._alone):
                 return
             call = next(self._calls)
             self._flights.append(Flight(call, start, draft, now_s, plan.mode))
             self._flown = plan.mode
             self.actions.append(Verify(call, self.tokens + self.tail[:base], draft, start if last else None))
 
+    def _copy(self, plan: Plan) -> bool:
+        """Guesses that cost nothing: in the model's stead where they are as good, and behind a whole draft. False: none."""
+        if self._lookup is None or self._lost or not (self._opened or self._flights):
+            return False
+        if (self._drafting and self._asked == self._version) or (self.tail and self.tail[-1] in self._stops):
+            return False
+        start, end = self._flights[-1].horizon if self._flights else len(self.tokens), len(self.tokens) + len(self.tail)
+        num_missing, most = start + plan.num_draft_tokens - end, start + self._max_draft - end
+        if plan.mode == "cloud":
+            num_missing = most = plan.lookahead - len(self.tail)
+        elif plan.mode == "split":  # a row that is sent in vain takes its time on the uplink
+            most = num_missing
+        copies = self._lookup.copies(self.tail, num_missing, min(most, self._end - end))
+        if not self._stops.isdisjoint(copies):
+            del copies[next(at for at, token in enumerate(copies) if token in self._stops) + 1 :]
+        if copies:
+            self.tail += copies
+            self._copied.update(range(end, end + len(copies)))
+            self.steps.append(Guess(copies))
+        return bool(copies)
+
     def _draft(self, plan: Plan, late: bool) -> None:
         if self._drafting or len(self.tokens) + len(self.tail) >= self._end or (self.tail and self.tail[-1] in self._stops):
             return
+        if self._alone:
+            return
         without_cloud = late or self._lost or not self._met
-        limit = self._lookahead(plan)
+        limit = self._lookahead(plan) + len(self._copied)
         if self._offline:
             limit = self._end
         elif without_cloud and self._on_loss == "continue":
             limit = max(limit, self._max_provisional)
         if len(self.tail) < limit:
-            self._drafting = True
+            self._drafting, self._asked = True, self._version
             self.actions.append(Draft(self._version, self.tokens + self.tail))
 
     def _lookahead(self, plan: Plan) -> int:
@@ -403,7 +449,11 @@ class Pilot:
         self._close_stream()
         self._offline = True
         self.steps.append(ModeChanged("edge", str(error)))
-        tail, self.tail = self.tail, []
+        own = next((at for at in range(len(self.tail)) if len(self.tokens) + at in self._copied), len(self.tail))
+        if own < len(self.tail):  # what nobody will verify is the model's own choice
+            self._version += 1
+        tail, self.tail = self.tail[:own], []
+        self._copied.clear()
         self._end_with(tail)
 
     def _finish_unreached(self) -> None:

@@ -17,6 +17,7 @@ from edgecloud.edge.collaborate import collaborate
 from edgecloud.edge.controller import Controller
 from edgecloud.edge.estimates import DeviceEstimate, Estimates, LinkEstimate
 from edgecloud.edge.local import decode_locally
+from edgecloud.edge.lookup import Lookup, Trust
 from edgecloud.edge.pilot import Pilot
 from edgecloud.edge.plan import Fixed, Plan, Planner
 from edgecloud.edge.remote import TLS, Cloud
@@ -38,13 +39,14 @@ from edgecloud.routes import Route, Routes
 from edgecloud.rpc.codec import pair_hash
 from edgecloud.session import Session
 from edgecloud.turn import Turn
-from edgecloud.types import Event, Preference, Reply, Round, Service, Step
+from edgecloud.types import Event, LossPolicy, Preference, Reply, Round, Service, Step
 from edgecloud.way import Way, check_split, check_tail, split_way, whole_way
 
 if TYPE_CHECKING:
     from edgecloud.bundle import FrontInfo
     from edgecloud.edge.drafter import ModelDrafter
     from edgecloud.edge.front_rows import FrontRows
+    from edgecloud.edge.model import DraftModel
     from edgecloud.edge.tokenizer import ChatTokenizer
     from edgecloud.exits import Rule
     from edgecloud.graph_bundle import GraphBundle
@@ -112,6 +114,7 @@ class Client:
         self._tokenizer: ChatTokenizer | None = None
         self._drafter: ModelDrafter | None = None
         self._front_drafter: Drafter | None = None
+        self._trust = {greedy: Trust() for greedy in (True, False)}
         self._replicas: Replicas | None = None
         self._service: Service | None = None
         self._front: FrontRows | None = None
@@ -129,6 +132,8 @@ class Client:
             max_new_tokens=256, temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0, seed=0, stop_strings=(),
             mode="auto" ("edge", "cloud", "speculative", "split", "cascade"), num_draft_tokens (the client's),
             quality=None: the cloud's own text; Risk(0.05), CloudShare(0.3), "offline": docs/cascade.md,
+            drafter="both": what is drafted comes from the draft model or, where the text repeats itself, is copied; "model" or
+                "lookup": only so. With "lookup" the model is never loaded, so the device does not go on without the cloud.
             deadline_s=None: seconds that the whole generation may take,
             raw=False: encode the string as it is, without the chat template.
 
@@ -287,6 +292,8 @@ class Client:
             raise ConfigError(
                 f"{f'mode {options.mode!r}' if options.quality is None else options.quality!r} needs a cloud; give HOST:PORT"
             )
+        if options.drafter == "lookup" and not self._addresses:
+            raise ConfigError("drafter 'lookup' needs a cloud; give HOST:PORT, or take 'both' or 'model'")
         route = self._routes.route(options, self.bundle)
         if options.mode == "split":
             check_split(options, self.bundle)  # before anything is started
@@ -405,11 +412,17 @@ class Client:
             estimates.acceptance,
             max_new_tokens=options.max_new_tokens,
             stop_token_ids=self.bundle.tokenizer.eos_token_ids,
-            on_loss=options.on_cloud_loss if options.mode in {"auto", "cascade"} else "wait",
+            on_loss=_on_loss(options),
             max_provisional_tokens=options.max_provisional_tokens,
             met=None if service is None else service.max_draft_tokens,
+            lookup=None if route.exits is not None else self._lookup(tokens, options),  # a copy has no score
         )
         return pilot, meet
+
+    def _lookup(self, tokens: list[int], options: GenerationOptions) -> Lookup | None:
+        if options.mode not in {"auto", "speculative", "split"} or options.drafter == "model":
+            return None  # copies are for where the target verifies
+        return Lookup(tokens, self._trust[options.sampling.greedy], alone=options.drafter == "lookup")
 
     def _check_window(self, tokens: list[int], options: GenerationOptions, *, wait: bool = True) -> Service:
         """Whether prompt and answer fit the service."""
@@ -507,13 +520,25 @@ class Client:
         with self._loading:
             if self._drafter is None:
                 from edgecloud.edge.drafter import ModelDrafter
-                from edgecloud.edge.model import DraftModel
 
                 bundle, window, num_threads = self.bundle, self._window(), self._num_threads
                 vocab_size = min(bundle.draft.vocab_size, bundle.target.vocab_size)
                 prefilled = self._estimates.device.prefilled
-                self._drafter = ModelDrafter(lambda: DraftModel.of_bundle(bundle, window, num_threads, prefilled), vocab_size)
+
+                def load() -> DraftModel:
+                    from edgecloud.edge.model import DraftModel
+
+                    return DraftModel.of_bundle(bundle, window, num_threads, prefilled)
+
+                self._drafter = ModelDrafter(load, vocab_size)
             return self._drafter
+
+
+def _on_loss(options: GenerationOptions) -> LossPolicy:
+    if options.mode not in {"auto", "cascade"}:
+        return "wait"
+    goes_on_alone = options.on_cloud_loss == "continue"
+    return "wait" if goes_on_alone and options.drafter == "lookup" else options.on_cloud_loss  # copies alone are no answer
 
 
 def _check_pair(bundle: Bundle, service: Service, address: str) -> None:

@@ -9,11 +9,12 @@ from typing import Any, TypedDict, get_args
 from edgecloud.errors import ConfigError, ContextLengthError
 from edgecloud.quality import Quality, check_quality
 from edgecloud.sampling import SamplingSettings
-from edgecloud.types import LossPolicy, ModeChoice, Objective
+from edgecloud.types import DrafterChoice, LossPolicy, ModeChoice, Objective
 
 MODES = get_args(ModeChoice)
 OBJECTIVES = get_args(Objective)
 LOSS_POLICIES = get_args(LossPolicy)
+DRAFTERS = get_args(DrafterChoice)
 Prompt = str | Sequence[Mapping[str, str]]  # text, or chat messages with `role` and `content`
 
 
@@ -24,6 +25,7 @@ class GenerationKeywords(TypedDict, total=False):
     quality: Quality | None  # None: exact; "exact", "offline", Risk(...), CloudShare(...)
     max_new_tokens: int  # 256
     num_draft_tokens: int | None  # tokens drafted a round; None: the client's
+    drafter: DrafterChoice  # "both"
     stop_strings: Sequence[str]  # the text ends before the first of these
     deadline_s: float | None  # seconds the whole generation may take; None: no limit
     provisional: bool  # True: modes "auto" and "cascade" show the device's guesses at once; False: only what is final
@@ -45,6 +47,7 @@ class GenerationOptions:
     quality: Quality | None = None
     max_new_tokens: int = 256
     num_draft_tokens: int = 4
+    drafter: DrafterChoice = "both"
     stop_strings: Sequence[str] = ()
     deadline_s: float | None = None
     provisional: bool = True
@@ -61,9 +64,13 @@ class GenerationOptions:
         check_whole("max_new_tokens", self.max_new_tokens, 1)
         check_whole("num_draft_tokens", self.num_draft_tokens, 1, 64)
         check_whole("max_provisional_tokens", self.max_provisional_tokens, 1)
-        for name, choices in (("objective", OBJECTIVES), ("on_cloud_loss", LOSS_POLICIES)):
+        for name, choices in (("drafter", DRAFTERS), ("objective", OBJECTIVES), ("on_cloud_loss", LOSS_POLICIES)):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it takes {', '.join(choices)}")
+        if self.drafter == "lookup" and self.mode == "edge":
+            raise ConfigError("drafter is 'lookup'; mode 'edge' needs the draft model: take 'both' or 'model', or another mode")
+        if self.drafter == "lookup" and self.quality not in (None, "exact"):
+            raise ConfigError(f"drafter is 'lookup'; quality {self.quality!r} needs the draft model: take 'both' or 'model'")
         if not isinstance(self.provisional, bool):
             raise ConfigError(f"provisional is {self.provisional!r}; it takes True or False")
         stops = self.stop_strings

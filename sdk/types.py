@@ -10,10 +10,9 @@ ModeChoice = Literal["auto", "edge", "cloud", "speculative", "split", "cascade"]
 Objective = Literal["latency", "cost", "balanced", "offline-first"]  # what mode "auto" makes little of
 Preference = Literal["order", "latency"]  # of several services
 LossPolicy = Literal["continue", "wait", "fail"]  # what modes "auto" and "cascade" do when the cloud is silent
+DrafterChoice = Literal["both", "model", "lookup"]  # who guesses: the draft model, copies of the text, or whichever is better
 TokenStatus = Literal["provisional", "final", "unverified"]
-ExitScope = Literal[
-    "token", "before", "after"
-]  # what leaves without the cloud: single tokens, or requests before or after the answer
+ExitScope = Literal["token", "before", "after"]  # what leaves without the cloud: tokens, or requests before or after the answer
 FinishReason = Literal["stop", "length", "cancelled"]
 
 

@@ -7,6 +7,7 @@ from itertools import cycle
 from typing import Protocol
 
 from edgecloud.edge.happenings import Cancel, Decode, Draft, Drafted, Failed, Happening, Hedge, Judged, Streamed, Verify
+from edgecloud.edge.lookup import Lookup
 from edgecloud.edge.pilot import Pilot
 from edgecloud.edge.plan import Fixed, Plan, Planner
 from edgecloud.edge.retry import Retry, Timeout
@@ -49,12 +50,13 @@ def fly(
     max_new_tokens: int,
     stop_token_ids: Collection[int],
     order: Sequence[bool] = (),
+    lookup: Lookup | None = None,
 ) -> Iterator[Round]:
     """Yield the rounds. `order` says, in turn, whether the device comes first where it and the service both could; else it does."""
     planner = Fixed(plan) if isinstance(plan, Plan) else plan
     retry = Retry(Timeout(), None, "the service")
     limits = {"max_new_tokens": max_new_tokens, "stop_token_ids": stop_token_ids}
-    pilot = Pilot(prompt, planner, retry, Unhurried(), Uncounted(), met=64, on_loss="wait", **limits)  # type: ignore[arg-type]
+    pilot = Pilot(prompt, planner, retry, Unhurried(), Uncounted(), met=64, on_loss="wait", lookup=lookup, **limits)  # type: ignore[arg-type]
     drafts: list[Draft] = []
     calls: list[Verify | Iterator[Happening]] = []
     numbers: dict[int, Verify | Iterator[Happening]] = {}

@@ -22,7 +22,7 @@ from edgecloud.cli.connection import (
 from edgecloud.cli.output import JsonFlag, print_json
 from edgecloud.errors import ConfigError, EdgecloudError
 from edgecloud.quality import CloudShare, Quality, Risk
-from edgecloud.types import ExitScope, LossPolicy, ModeChoice, Objective, Preference
+from edgecloud.types import DrafterChoice, ExitScope, LossPolicy, ModeChoice, Objective, Preference
 
 
 @app.command()
@@ -57,6 +57,9 @@ def generate(
     seed: Annotated[int, typer.Option(help="The same seed gives the same text, in every mode.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="Stop string; may be given several times.")] = None,
     num_draft_tokens: Annotated[int, typer.Option(help="Tokens drafted a round, in modes speculative and split.")] = 4,
+    drafter: Annotated[
+        DrafterChoice, typer.Option(help="Who guesses: the draft model, copies of the text (lookup), or whichever is better.")
+    ] = "both",
     objective: Annotated[
         Objective,
         typer.Option(
@@ -99,7 +102,7 @@ def generate(
         stream = client.stream(
             text, raw=raw, mode=mode, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
             repetition_penalty=repetition_penalty, seed=seed, stop_strings=stop or (), deadline_s=deadline_s,
-            quality=_quality(quality, risk, cloud_share, scope),
+            quality=_quality(quality, risk, cloud_share, scope), drafter=drafter,
             objective=objective, on_cloud_loss=on_cloud_loss, max_provisional_tokens=max_provisional_tokens, provisional=False,
         )  # fmt: skip
         interrupted = False
