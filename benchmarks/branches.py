@@ -31,10 +31,10 @@ from edgecloud.cost import MAX_IN_FLIGHT
 from edgecloud.edge.controller import Controller
 from edgecloud.edge.estimates import MAX_POSITION, AcceptanceEstimate, Estimates
 from edgecloud.edge.patience import EstimatedPatience
-from edgecloud.edge.pilot import Pilot, Step
+from edgecloud.edge.pilot import Pilot
 from edgecloud.edge.plan import Fixed, Plan, Planner
 from edgecloud.edge.retry import Retry, Timeout
-from edgecloud.types import Round
+from edgecloud.types import Round, Step
 
 Kind = Literal["none", "likeliest", "batched", "oracle", "free"]
 KINDS: tuple[tuple[Kind, int], ...] = (("none", 0), ("likeliest", 1), ("batched", 1), ("batched", 2), ("oracle", 4), ("free", 4))

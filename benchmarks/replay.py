@@ -38,10 +38,10 @@ from edgecloud.edge.controller import Controller
 from edgecloud.edge.estimates import Estimates
 from edgecloud.edge.link_config import RateFunction, Trace, read_trace
 from edgecloud.edge.patience import EstimatedPatience
-from edgecloud.edge.pilot import Pilot, Step
+from edgecloud.edge.pilot import Pilot
 from edgecloud.edge.plan import Fixed, Plan, Planner
 from edgecloud.edge.retry import Retry, Timeout
-from edgecloud.types import Round
+from edgecloud.types import Round, Step
 
 WINDOW_S = 5.0
 WINDOW_STRIDE = 3  # every third is looked at

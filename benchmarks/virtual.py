@@ -11,7 +11,7 @@ from virtual_device import VirtualDevice
 from virtual_link import VirtualLink, later
 
 from edgecloud.edge.estimates import Estimates
-from edgecloud.edge.pilot import (
+from edgecloud.edge.happenings import (
     Action,
     Cancel,
     Decode,
@@ -22,15 +22,14 @@ from edgecloud.edge.pilot import (
     Judged,
     Meet,
     Met,
-    Pilot,
-    Step,
     Streamed,
     Tick,
     Verify,
 )
+from edgecloud.edge.pilot import Pilot
 from edgecloud.errors import CloudUnavailableError, ContextMissingError
 from edgecloud.tokens import common_prefix
-from edgecloud.types import CallCost, Verdict
+from edgecloud.types import CallCost, Step, Verdict
 
 MAX_DRAFT_TOKENS = 32
 CALL_BYTES, TOKEN_BYTES = 110, 3  # on the line: a message with its frames and headers, and a token id more

@@ -9,7 +9,7 @@ from virtual_link import later
 from virtual_text import Text
 
 from edgecloud.edge.estimates import Estimates
-from edgecloud.edge.pilot import Draft, Drafted
+from edgecloud.edge.happenings import Draft, Drafted
 
 
 class VirtualDevice:

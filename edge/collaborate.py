@@ -11,26 +11,13 @@ from queue import Empty, SimpleQueue
 
 from edgecloud.edge.courier import Courier, Letter
 from edgecloud.edge.estimates import Estimates
-from edgecloud.edge.pilot import (
-    Action,
-    Cancel,
-    Decode,
-    Draft,
-    Drafted,
-    Failed,
-    Happening,
-    Hedge,
-    Meet,
-    Met,
-    Pilot,
-    Step,
-    Tick,
-    Verify,
-)
+from edgecloud.edge.happenings import Action, Cancel, Decode, Draft, Drafted, Failed, Happening, Hedge, Meet, Met, Tick, Verify
+from edgecloud.edge.pilot import Pilot
 from edgecloud.edge.replicas import RemoteSession
 from edgecloud.errors import CloudError, DeadlineExceededError
-from edgecloud.protocols import Drafter
+from edgecloud.protocols import Drafter, ScoringDrafter
 from edgecloud.sampling import SamplingSettings
+from edgecloud.types import Step
 
 
 def collaborate(
@@ -42,6 +29,7 @@ def collaborate(
     estimates: Estimates,
     meet: Callable[[], int],
     new_courier: Callable[..., Courier] = Courier,
+    scorer: ScoringDrafter | None = None,
 ) -> Iterator[Step]:
     """Yield what the pilot has to show, until the generation is whole.
 
@@ -54,13 +42,21 @@ def collaborate(
         estimates: fed by what happens.
         meet: makes the handshake; returns the longest draft that the service takes.
         new_courier: makes who carries out calls, from Courier's arguments.
+        scorer: who guesses in place of the drafter, where a pilot has to know how sure a guess is.
 
     Raises:
         CloudError: as the pilot and `meet` do; DeadlineExceededError: the session's deadline passed.
     """
     inbox: SimpleQueue[Letter] = SimpleQueue()
     courier = new_courier(session, sampling, stop_token_ids, estimates, inbox.put)
-    device = _Device(drafter, sampling, stop_token_ids, estimates, inbox.put)
+
+    def guess(tokens: list[int]) -> tuple[int, float]:
+        if scorer is not None:
+            return scorer.guess(tokens, sampling)
+        [token_id] = drafter.draft(tokens, 1, sampling, stop_token_ids)
+        return token_id, 0.0
+
+    device = _Device(guess, estimates, inbox.put)
     try:
         pilot.begin(time.monotonic())
         while True:
@@ -71,6 +67,8 @@ def collaborate(
             if pilot.finished:
                 return
             if session.deadline_s is not None and time.monotonic() >= session.deadline_s:
+                if pilot.whole:
+                    return
                 raise DeadlineExceededError("the time allowed for this generation has passed; allow more or ask for less")
             happening = _next(inbox, pilot.wake_s, session.deadline_s)
             if happening is not None:
@@ -125,15 +123,11 @@ class _Device:
 
     def __init__(
         self,
-        drafter: Drafter,
-        sampling: SamplingSettings,
-        stop_token_ids: Collection[int],
+        guess: Callable[[list[int]], tuple[int, float]],
         estimates: Estimates,
         post: Callable[[Letter], None],
     ) -> None:
-        self._drafter = drafter
-        self._sampling = sampling
-        self._stop_token_ids = stop_token_ids
+        self._guess = guess
         self._estimates = estimates
         self._post = post
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="draft")
@@ -145,18 +139,18 @@ class _Device:
         self._last = order.version, len(order.tokens)
         started = time.perf_counter()
 
-        def drafted(done: Future[list[int]]) -> None:
+        def drafted(done: Future[tuple[int, float]]) -> None:
             elapsed_ms = (time.perf_counter() - started) * 1e3
             self._post(lambda: self._take(order, done, elapsed_ms if one_step else None))
 
-        self._thread.submit(self._drafter.draft, order.tokens, 1, self._sampling, self._stop_token_ids).add_done_callback(drafted)
+        self._thread.submit(self._guess, order.tokens).add_done_callback(drafted)
 
     def close(self) -> None:
         """After the step under way."""
         self._thread.shutdown(cancel_futures=True)
 
-    def _take(self, order: Draft, done: Future[list[int]], elapsed_ms: float | None) -> Happening:
-        [token_id] = done.result()
+    def _take(self, order: Draft, done: Future[tuple[int, float]], elapsed_ms: float | None) -> Happening:
+        token_id, score = done.result()
         if elapsed_ms is not None:
             self._estimates.device.drafted(elapsed_ms)
-        return Drafted(order.version, token_id)
+        return Drafted(order.version, token_id, score)

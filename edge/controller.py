@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from edgecloud.cost import COST_SLOWDOWN, MAX_IN_FLIGHT, Price, flights_worth, overlapped
+from edgecloud.cost import COST_SLOWDOWN, MAX_IN_FLIGHT, Exited, Price, cascaded, flights_worth, overlapped
 from edgecloud.edge.estimates import Estimates
 from edgecloud.edge.plan import Plan
 from edgecloud.types import Objective
@@ -37,12 +37,20 @@ class Controller:
         objective: `latency`: time per token. `cost`: passes of the target per token, at up to 1.5 times the time of a stream.
             `balanced`: the product of both. `offline-first`: as few calls as the draft length allows.
         max_draft_tokens: the service's limit.
+        exited: the user allows token exits of which this is known; None: no cascade.
     """
 
-    def __init__(self, estimates: Estimates, objective: Objective = "latency", max_draft_tokens: int = DRAFT_LENGTHS[-1]) -> None:
+    def __init__(
+        self,
+        estimates: Estimates,
+        objective: Objective = "latency",
+        max_draft_tokens: int = DRAFT_LENGTHS[-1],
+        exited: Exited | None = None,
+    ) -> None:
         self._estimates = estimates
         self._objective = objective
         self.max_draft_tokens = max_draft_tokens
+        self._exited = exited
         self._chosen: Plan | None = None  # as among the arms
         self._given = Plan("cloud", 0)  # that, with as many drafts on their way as can come true
         self._planned_for = -1
@@ -61,7 +69,7 @@ class Controller:
 
     def _without_vain_drafts(self, plan: Plan) -> Plan:
         """Further drafts on their way would not change its price, and cost energy."""
-        if plan.mode == "cloud":
+        if plan.mode != "speculative":
             return plan
         survival = self._estimates.acceptance.survival(DRAFT_LENGTHS[-1])
         worth = flights_worth(survival, plan.num_draft_tokens, plan.num_first_tokens)
@@ -82,7 +90,20 @@ class Controller:
                 opening = first, pass_ms[first]
                 price = overlapped(survival, length, step_ms, rtt_ms, pass_ms[length], MAX_IN_FLIGHT, queue_ms, opening)
                 arms.append(Arm(Plan("speculative", length, MAX_IN_FLIGHT, num_first_tokens=first), price))
-        return arms
+        return arms + self._cascades(lengths, step_ms, rtt_ms, context_tokens)
+
+    def _cascades(self, lengths: list[int], step_ms: float, rtt_ms: float, context_tokens: int) -> list[Arm]:
+        if self._exited is None:
+            return []
+        cloud, rate = self._estimates.cloud, self._estimates.acceptance.rate
+        num_rows = {k: min(self.max_draft_tokens, round(k / (1 - min(self._exited.share, 0.9)))) + 1 for k in lengths}
+        return [
+            Arm(
+                Plan("cascade", k),
+                cascaded(self._exited, rate, k, step_ms, rtt_ms, cloud.pass_ms(num_rows[k], context_tokens), cloud.queue_ms),
+            )
+            for k in lengths
+        ]
 
     def _rtt_ms(self, now_s: float) -> float:
         link = self._estimates.link

@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 
 from edgecloud.edge.estimates import Estimates
-from edgecloud.edge.pilot import Cancel, Decode, Failed, Happening, Judged, Streamed, Verify
+from edgecloud.edge.happenings import Cancel, Decode, Failed, Happening, Judged, Streamed, Verify
 from edgecloud.edge.remote import Cloud, RemoteVerifier, TokenStream, cost_of
 from edgecloud.edge.replicas import RemoteSession
 from edgecloud.edge.tail import TailSession

@@ -7,6 +7,7 @@ from functools import cached_property
 
 from edgecloud.edge.model import DraftModel
 from edgecloud.kernels.choice_numpy import choose
+from edgecloud.kernels.confidence import top_probability
 from edgecloud.sampling import SamplingSettings
 
 
@@ -32,3 +33,8 @@ class ModelDrafter:
             if guessed[-1] in stop_token_ids:
                 break
         return guessed[len(tokens) :]
+
+    def guess(self, tokens: Sequence[int], sampling: SamplingSettings) -> tuple[int, float]:
+        """One token, and the probability of the most likely one. Raises as `draft`."""
+        logits = self._model.extend_to(list(tokens))[: self._vocab_size]
+        return choose(logits, tokens, sampling, self._model.entries), top_probability(logits, sampling)

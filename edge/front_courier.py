@@ -13,7 +13,7 @@ import grpc
 from edgecloud.edge.courier import FREE, Courier, Letter, Trip
 from edgecloud.edge.estimates import Estimates
 from edgecloud.edge.front_rows import FrontRows, Row
-from edgecloud.edge.pilot import Cancel, Happening, Verify
+from edgecloud.edge.happenings import Cancel, Happening, Verify
 from edgecloud.edge.remote import Cloud, cost_of
 from edgecloud.edge.replicas import RemoteSession
 from edgecloud.edge.tail import TailSession

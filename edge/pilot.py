@@ -18,118 +18,29 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from edgecloud.edge.happenings import (
+    Action,
+    Cancel,
+    Decode,
+    Draft,
+    Drafted,
+    Failed,
+    Happening,
+    Hedge,
+    Judged,
+    Meet,
+    Met,
+    Streamed,
+    Tick,
+    Verify,
+)
 from edgecloud.edge.plan import Plan, Planner
 from edgecloud.edge.retry import Retry
 from edgecloud.errors import CloudError, CloudOverloadedError, CloudUnavailableError, ContextMissingError, DeadlineExceededError
 from edgecloud.tokens import common_prefix
-from edgecloud.types import CallCost, CloudBack, CloudLost, Guess, LossPolicy, Mode, ModeChanged, Round, Verdict
+from edgecloud.types import CallCost, CloudBack, CloudLost, Guess, LossPolicy, Mode, ModeChanged, Round, Step, Verdict
 
 TICK_S = 1e-6  # clocks are told apart to this: rounding must not wake the pilot again and again at one moment
-Step = Round | Guess | ModeChanged | CloudLost | CloudBack
-
-
-# What happened
-
-
-@dataclass(frozen=True, slots=True)
-class Drafted:
-    """The drafter's guess, answer to `Draft`."""
-
-    version: int
-    token_id: int
-
-
-@dataclass(frozen=True, slots=True)
-class Met:
-    """The handshake has succeeded: calls may be made, with drafts of so many tokens at most."""
-
-    max_draft_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Judged:
-    """A verdict, answer to `Verify`."""
-
-    call: int
-    verdict: Verdict
-
-
-@dataclass(frozen=True, slots=True)
-class Streamed:
-    """Tokens of a stream, answer to `Decode`; `start` tokens are before them."""
-
-    call: int
-    start: int
-    token_ids: list[int]
-    cost: CallCost
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """A call, or the handshake (`call` is None), has come to nothing."""
-
-    call: int | None
-    error: CloudError
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """Time has passed."""
-
-
-Happening = Drafted | Met | Judged | Streamed | Failed | Tick
-
-
-# What to do
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """Guess the token that follows `tokens`."""
-
-    version: int
-    tokens: list[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Meet:
-    """Make the handshake."""
-
-
-@dataclass(frozen=True, slots=True)
-class Verify:
-    """Have `draft_ids` verified. The service has the first `num_assumed` tokens if the flight before ends as guessed."""
-
-    call: int
-    tokens: list[int]
-    draft_ids: list[int]
-    num_assumed: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Decode:
-    """Have up to so many tokens streamed."""
-
-    call: int
-    tokens: list[int]
-    max_new_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Hedge:
-    """An answer is late: ask another service, too, if there is one. The first answer counts."""
-
-    call: int
-
-
-@dataclass(frozen=True, slots=True)
-class Cancel:
-    """Nobody waits for this call any more."""
-
-    call: int
-
-
-Action = Draft | Meet | Verify | Decode | Hedge | Cancel
 
 
 class Patience(Protocol):
@@ -153,7 +64,9 @@ class Tally(Protocol):
 
 
 @dataclass(slots=True)
-class _Flight:
+class Flight:
+    """A draft on its way to the verdict."""
+
     call: int
     start: int  # tokens before the draft
     draft_ids: list[int]
@@ -213,6 +126,7 @@ class Pilot:
         self.actions: list[Action] = []
         self.steps: list[Step] = []
         self.finished = False
+        self.whole = False  # the answer is there, and only what is learned from it is waited for
         self.wake_s: float | None = None
         self._planner = planner
         self._retry = retry
@@ -225,7 +139,7 @@ class Pilot:
         self._max_draft = met or 0
         self._met, self._meeting = met is not None, False
         self._calls = itertools.count()
-        self._flights: list[_Flight] = []  # in the order in which they left; only such as can still come true
+        self._flights: list[Flight] = []  # in the order in which they left; only such as can still come true
         self._stream: _Stream | None = None
         self._drafting = False
         self._version = 0  # of the tail: a guess made on an earlier one is void
@@ -254,8 +168,8 @@ class Pilot:
         if not isinstance(happening, Drafted):  # a guess changes nothing in what is known of link and cloud
             self._limits = None
         match happening:
-            case Drafted(version, token_id):
-                self._take_guess(version, token_id)
+            case Drafted():
+                self._take_guess(happening)
             case Met(max_draft_tokens):
                 self._met, self._meeting, self._max_draft = True, False, max_draft_tokens
                 self._heard()
@@ -272,15 +186,18 @@ class Pilot:
 
     # What comes in
 
-    def _take_guess(self, version: int, token_id: int) -> None:
+    def _take_guess(self, drafted: Drafted) -> None:
         self._drafting = False
-        if version != self._version:
+        if drafted.version != self._version:
             return
         if self._offline:
-            self._end_with([token_id])
+            self._end_with([drafted.token_id])
             return
-        self.tail.append(token_id)
-        self.steps.append(Guess([token_id]))
+        self._keep_guess(drafted)
+
+    def _keep_guess(self, drafted: Drafted) -> None:
+        self.tail.append(drafted.token_id)
+        self.steps.append(Guess([drafted.token_id]))
 
     def _take_verdict(self, call: int, verdict: Verdict) -> None:
         self._heard()
@@ -292,9 +209,12 @@ class Pilot:
         while self._flights and (first := self._flights[0]).verdict is not None and not self.finished:
             self._flights.pop(0)
             self._may_chain = True
-            accepted = first.draft_ids[: first.verdict.num_accepted]
-            ids = [*accepted, first.verdict.next_token_id]
-            self._settle(first.start, ids, first.mode, first.verdict.cost, len(first.draft_ids), first.verdict.num_accepted)
+            self._land(first, first.verdict)
+
+    def _land(self, flight: Flight, verdict: Verdict) -> None:
+        """The verdict on the first flight."""
+        ids = [*flight.draft_ids[: verdict.num_accepted], verdict.next_token_id]
+        self._settle(flight.start, ids, flight.mode, verdict.cost, len(flight.draft_ids), verdict.num_accepted)
 
     def _take_streamed(self, call: int, start: int, token_ids: list[int], cost: CallCost, now_s: float) -> None:
         self._heard()
@@ -438,7 +358,7 @@ class Pilot:
             if last and not draft and self._backlog:
                 return
             call = next(self._calls)
-            self._flights.append(_Flight(call, start, draft, now_s, plan.mode))
+            self._flights.append(Flight(call, start, draft, now_s, plan.mode))
             self._flown = plan.mode
             self.actions.append(Verify(call, self.tokens + self.tail[:base], draft, start if last else None))
 
@@ -446,7 +366,7 @@ class Pilot:
         if self._drafting or len(self.tokens) + len(self.tail) >= self._end or (self.tail and self.tail[-1] in self._stops):
             return
         without_cloud = late or self._lost or not self._met
-        limit = plan.lookahead
+        limit = self._lookahead(plan)
         if self._offline:
             limit = self._end
         elif without_cloud and self._on_loss == "continue":
@@ -454,6 +374,10 @@ class Pilot:
         if len(self.tail) < limit:
             self._drafting = True
             self.actions.append(Draft(self._version, self.tokens + self.tail))
+
+    def _lookahead(self, plan: Plan) -> int:
+        """Tokens to draft beyond the last final one, while the cloud is there."""
+        return plan.lookahead
 
     # Losing the cloud
 
@@ -547,7 +471,7 @@ class Pilot:
                 return True
         return False
 
-    def _drop(self, flight: _Flight) -> None:
+    def _drop(self, flight: Flight) -> None:
         self._flights.remove(flight)
         if flight.verdict is None:
             self.actions.append(Cancel(flight.call))

@@ -15,8 +15,9 @@ SHADOW_TOKENS = 2  # drafted beside a stream: they tell the acceptance, and are 
 class Plan:
     """`cloud`: the target's tokens are streamed. `speculative`: drafts of this length are verified, several on their way.
 
-    `split`: the same, and the device runs the target's first layers itself. While nothing is on its way the cloud is idle: then a
-    draft of `num_first_tokens` is enough to send what there is.
+    `split`: the same, and the device runs the target's first layers itself. `cascade`: only unsure guesses are
+    verified, and only they count towards the draft's length (edge/cascade.py). While nothing is on its way the cloud is idle: then
+    a draft of `num_first_tokens` is enough to send what there is.
     """
 
     mode: Mode

@@ -28,7 +28,7 @@ class Answer:
         match event:
             case edgecloud.TokenEvent(text, token_ids, "provisional"):
                 self.guesses += [text, *[""] * (len(token_ids) - 1)]
-            case edgecloud.TokenEvent(text, token_ids, "final"):  # confirms as many guesses, and adds what was not shown
+            case edgecloud.TokenEvent(text, token_ids, _):  # confirms so many guesses, and adds the rest
                 self.final += "".join(self.guesses[: len(token_ids)]) + text
                 del self.guesses[: len(token_ids)]
             case edgecloud.Retract(num_tokens, _):

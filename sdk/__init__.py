@@ -43,10 +43,23 @@ if TYPE_CHECKING:
     )
     from edgecloud.graph_bundle import GraphBundle
     from edgecloud.inference import InferenceMetrics, InferenceReply
+    from edgecloud.quality import CloudShare, Risk
     from edgecloud.rejections import RejectionLog
     from edgecloud.sampling import SamplingSettings
     from edgecloud.session import Session
-    from edgecloud.types import CloudBack, CloudLost, Metrics, ModeChanged, ModeSpan, Reply, Retract, Service, TokenEvent, Usage
+    from edgecloud.types import (
+        CloudBack,
+        CloudLost,
+        Metrics,
+        ModeChanged,
+        ModeSpan,
+        Reply,
+        Retract,
+        RiskAlarm,
+        Service,
+        TokenEvent,
+        Usage,
+    )
 
 _HOMES = {
     "AsyncClient": "aio",
@@ -63,6 +76,7 @@ _HOMES = {
     "CloudLost": "types",
     "CloudOverloadedError": "errors",
     "CloudRefusedError": "errors",
+    "CloudShare": "quality",
     "CloudUnavailableError": "errors",
     "ConfigError": "errors",
     "ContextLengthError": "errors",
@@ -83,6 +97,8 @@ _HOMES = {
     "RejectionLogError": "errors",
     "Reply": "types",
     "Retract": "types",
+    "Risk": "quality",
+    "RiskAlarm": "types",
     "SamplingSettings": "sampling",
     "ServerError": "errors",
     "Service": "types",
@@ -110,6 +126,7 @@ __all__ = [
     "CloudLost",
     "CloudOverloadedError",
     "CloudRefusedError",
+    "CloudShare",
     "CloudUnavailableError",
     "ConfigError",
     "ContextLengthError",
@@ -130,6 +147,8 @@ __all__ = [
     "RejectionLogError",
     "Reply",
     "Retract",
+    "Risk",
+    "RiskAlarm",
     "SamplingSettings",
     "ServerError",
     "Service",

@@ -7,15 +7,17 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack, get_args
 
 from edgecloud.bundle import Bundle
+from edgecloud.edge.cascade import CascadePilot
 from edgecloud.edge.collaborate import collaborate
 from edgecloud.edge.controller import Controller
 from edgecloud.edge.estimates import DeviceEstimate, Estimates, LinkEstimate
 from edgecloud.edge.local import decode_locally
-from edgecloud.edge.pilot import Pilot, Step
+from edgecloud.edge.pilot import Pilot
 from edgecloud.edge.plan import Fixed, Plan, Planner
 from edgecloud.edge.remote import TLS, Cloud
 from edgecloud.edge.replicas import RemoteSession, Replicas
@@ -32,14 +34,16 @@ from edgecloud.options import GenerationKeywords, GenerationOptions, Prompt, che
 from edgecloud.protocols import Drafter
 from edgecloud.rejection_watch import RejectionWatch
 from edgecloud.rejections import RejectionLog, Source
+from edgecloud.routes import Route, Routes
 from edgecloud.rpc.codec import pair_hash
 from edgecloud.session import Session
 from edgecloud.turn import Turn
-from edgecloud.types import Event, Guess, ModeChanged, Preference, Reply, Round, Service
+from edgecloud.types import Event, Preference, Reply, Round, Service, Step
 from edgecloud.way import Way, check_split, check_tail, split_way, whole_way
 
 if TYPE_CHECKING:
     from edgecloud.bundle import FrontInfo
+    from edgecloud.edge.drafter import ModelDrafter
     from edgecloud.edge.front_rows import FrontRows
     from edgecloud.edge.tokenizer import ChatTokenizer
     from edgecloud.exits import Rule
@@ -106,11 +110,12 @@ class Client:
         self._graph_bundle: GraphBundle | None = None
         self._graph_client: GraphClient | None = None
         self._tokenizer: ChatTokenizer | None = None
-        self._drafter: Drafter | None = None
+        self._drafter: ModelDrafter | None = None
         self._front_drafter: Drafter | None = None
         self._replicas: Replicas | None = None
         self._service: Service | None = None
         self._front: FrontRows | None = None
+        self._routes = Routes()
         self._estimates = Estimates.unknown()
         self._split_estimates = self._estimates.of_another_target()
         self._loading = threading.RLock()
@@ -122,7 +127,8 @@ class Client:
 
         Options, with their defaults (names as in `transformers.GenerationConfig`):
             max_new_tokens=256, temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0, seed=0, stop_strings=(),
-            mode="auto" ("edge", "cloud", "speculative", "split"), num_draft_tokens (the client's),
+            mode="auto" ("edge", "cloud", "speculative", "split", "cascade"), num_draft_tokens (the client's),
+            quality=None: the cloud's own text; Risk(0.05), CloudShare(0.3), "offline": docs/cascade.md,
             deadline_s=None: seconds that the whole generation may take,
             raw=False: encode the string as it is, without the chat template.
 
@@ -137,7 +143,8 @@ class Client:
     def stream(self, prompt: Prompt, *, raw: bool = False, **options: Unpack[GenerationKeywords]) -> GenerationStream:
         """The same, event by event. Closing the stream frees the service's session. Raises as `generate`."""
         idle = self._estimates.link.sent_to_idle(time.monotonic())
-        if idle and options.get("mode") != "edge" and self._replicas is not None:
+        alone = options.get("mode") == "edge" or options.get("quality") == "offline"
+        if idle and not alone and self._replicas is not None:
             self._replicas.warm()  # while the prompt becomes tokens
         if isinstance(prompt, str) and raw:
             tokens = self.tokenizer.encode(prompt)
@@ -276,8 +283,11 @@ class Client:
         A given `remote` session stays open afterwards; without one, one is made and released.
         """
         options = GenerationOptions.from_keywords(keywords, self._num_draft_tokens)
-        if options.mode in {"cloud", "speculative", "split"} and not self._addresses:
-            raise ConfigError(f"mode {options.mode!r} needs a cloud; give HOST:PORT")
+        if not self._addresses and not options.offline and (options.mode != "auto" or options.quality is not None):
+            raise ConfigError(
+                f"{f'mode {options.mode!r}' if options.quality is None else options.quality!r} needs a cloud; give HOST:PORT"
+            )
+        route = self._routes.route(options, self.bundle)
         if options.mode == "split":
             check_split(options, self.bundle)  # before anything is started
         check_fits(len(tokens), options.max_new_tokens, self._window(), "context window")
@@ -296,19 +306,12 @@ class Client:
                 raise ConfigError("this client is closed; make another")
             with nullcontext() if options.mode == "cloud" else self._turn:
                 try:
-                    with closing(self._steps(tokens, options, remote, end_s)) as steps:
+                    with closing(self._steps(tokens, options, route, remote, end_s)) as steps:
                         for step in steps:
                             if watch is not None:
                                 watch.look(step)
-                            if isinstance(step, Round):
-                                yield from generation.add(step)
-                            elif isinstance(step, Guess):
-                                yield from generation.guess(step.token_ids) if options.shows_guesses else []
-                            elif isinstance(step, ModeChanged):
-                                yield generation.announce(step)
-                            else:
-                                yield step
-                            if generation.finish_reason is not None:
+                            yield from generation.take(step, options.shows_guesses)
+                            if generation.finish_reason is not None and (route.exits is None or generation.stopped_by_text):
                                 break
                 except EdgecloudError as error:
                     error.reply = generation.reply()
@@ -317,6 +320,8 @@ class Client:
                 finally:
                     if watch is not None:
                         watch.finish()
+                if route.watch is not None and (alarm := route.watch.add(generation.num_audited, generation.num_diverged)):
+                    yield alarm
                 if on_finish is not None:
                     on_finish(generation.reply())
 
@@ -333,22 +338,23 @@ class Client:
         return RejectionWatch(tokens, options.sampling.temperature, lambda passage: log.add(source, passage))
 
     def _steps(
-        self, tokens: list[int], options: GenerationOptions, given: RemoteSession | None, end_s: float | None
+        self, tokens: list[int], options: GenerationOptions, route: Route, given: RemoteSession | None, end_s: float | None
     ) -> Generator[Step]:
         """Run the mode asked for."""
-        if options.mode == "edge" or not self._addresses:
+        if options.offline or not self._addresses:
             yield from self._local_rounds(tokens, options, options.max_new_tokens, end_s)
             return
-        if options.mode != "auto":
+        if options.mode not in {"auto", "cascade"}:
             self._check_window(tokens, options)
         remote = given or RemoteSession(self._connection())
         remote.deadline_s = end_s
         stop_token_ids = self.bundle.tokenizer.eos_token_ids
         try:
             way = self._way(options)
-            pilot, meet = self._pilot(tokens, options, end_s, way)
+            pilot, meet = self._pilot(tokens, options, route, end_s, way)
             device, sampling = way.drafter or self._device(), options.sampling
-            yield from collaborate(pilot, device, remote, sampling, stop_token_ids, way.estimates, meet, way.new_courier)
+            scorer = None if route.exits is None else self._model_drafter()
+            yield from collaborate(pilot, device, remote, sampling, stop_token_ids, way.estimates, meet, way.new_courier, scorer)
         except ModelMismatchError:  # another model was started at that address since the handshake
             self._service = None
             self.describe()  # names both fingerprints
@@ -366,17 +372,18 @@ class Client:
         return split_way(rows, head, self._split_estimates, service, time.monotonic())
 
     def _pilot(
-        self, tokens: list[int], options: GenerationOptions, end_s: float | None, way: Way
+        self, tokens: list[int], options: GenerationOptions, route: Route, end_s: float | None, way: Way
     ) -> tuple[Pilot, Callable[[], int]]:
         """Who decides in a generation that both machines work on, and how the handshake is made."""
         service, estimates = self._service, way.estimates
         planner: Planner
         if options.mode == "auto":
-            planner = Controller(estimates, options.objective)
+            planner = Controller(estimates, options.objective, exited=route.exited)
         elif options.mode == "cloud":
             planner = Fixed(Plan("cloud", 0, num_shadow_tokens=0))
         else:
-            planner = Fixed(Plan(options.mode, options.num_draft_tokens))
+            asks_for_all = options.mode == "cascade" and (route.exits is None or route.exits.scope != "token")
+            planner = Fixed(Plan("speculative" if asks_for_all else options.mode, options.num_draft_tokens))
 
         def meet() -> int:
             met = self._check_window(tokens, options, wait=False)
@@ -389,7 +396,8 @@ class Client:
         load = self._connection().load
         if load is not None:
             estimates.cloud.tell(load)
-        pilot = Pilot(
+        new_pilot = Pilot if route.exits is None else partial(CascadePilot, exits=route.exits)
+        pilot = new_pilot(
             tokens,
             planner,
             Retry(self._timeout, end_s, self._connection().address),
@@ -397,7 +405,7 @@ class Client:
             estimates.acceptance,
             max_new_tokens=options.max_new_tokens,
             stop_token_ids=self.bundle.tokenizer.eos_token_ids,
-            on_loss=options.on_cloud_loss if options.mode == "auto" else "wait",
+            on_loss=options.on_cloud_loss if options.mode in {"auto", "cascade"} else "wait",
             max_provisional_tokens=options.max_provisional_tokens,
             met=None if service is None else service.max_draft_tokens,
         )
@@ -493,6 +501,9 @@ class Client:
             return self._graph_client
 
     def _device(self) -> Drafter:
+        return self._model_drafter()
+
+    def _model_drafter(self) -> ModelDrafter:
         with self._loading:
             if self._drafter is None:
                 from edgecloud.edge.drafter import ModelDrafter

@@ -86,6 +86,42 @@ def overlapped(
     return Price(total_ms / num_tokens, num_passes / num_tokens)
 
 
+@dataclass(frozen=True, slots=True)
+class Exited:
+    """What a calibration saw of token exits."""
+
+    share: float  # of the device's guesses, how many need no verdict
+    divergence: float  # of these, how many are not the target's choice
+
+
+def cascaded(
+    exited: Exited, acceptance_rate: float, num_draft_tokens: int, draft_ms: float, rtt_ms: float, verify_ms: float, queue_ms: float
+) -> Price:
+    """Cascade (edge/cascade.py), from one verdict to the next: a run of sure guesses, then K unsure ones and sure ones between.
+
+    With c the share of sure guesses, d their divergence and a the acceptance of unsure ones: a run behind a wrong guess has
+    c / (1 - c) tokens. Behind an accepted guess the next unsure one is judged with probability (1 - c) / (1 - c (1 - d)),
+    and c / (1 - c (1 - d)) tokens lie between.
+
+    Args:
+        exited: c and d.
+        acceptance_rate: of all guesses, from which a follows.
+        num_draft_tokens: K, of unsure guesses, from 1.
+        draft_ms: a drafted token.
+        rtt_ms: the round trip.
+        verify_ms: the pass.
+        queue_ms: until it begins.
+    """
+    sure, wrong = min(exited.share, 0.99), exited.divergence
+    unsure_rate = min(1.0, max(0.0, (acceptance_rate - sure * (1 - wrong)) / (1 - sure)))
+    between = sure / (1 - sure * (1 - wrong))
+    goes_on = unsure_rate * (1 - sure) / (1 - sure * (1 - wrong))
+    run, flight = sure / (1 - sure), num_draft_tokens / (1 - sure)
+    judged = [goes_on**j for j in range(num_draft_tokens + 1)]  # the chance that unsure guess j, or the bonus position, is
+    num_tokens = run + sum(judged) + sum(judged[:-1]) * unsure_rate * between
+    return Price(((run + flight) * draft_ms + rtt_ms + queue_ms + verify_ms) / num_tokens, 1 / num_tokens)
+
+
 def flights_worth(survival: Sequence[float], num_draft_tokens: int, first_length: int | None = None) -> int:
     """How many drafts on their way at a time can matter: those whose start survives with more than a negligible probability.
 

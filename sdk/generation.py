@@ -14,8 +14,10 @@ from collections.abc import Collection, Generator, Sequence
 from edgecloud.edge.tokenizer import TextStream
 from edgecloud.tokens import common_prefix
 from edgecloud.types import (
+    Audit,
     Event,
     FinishReason,
+    Guess,
     Metrics,
     Mode,
     ModeChanged,
@@ -23,6 +25,7 @@ from edgecloud.types import (
     Reply,
     Retract,
     Round,
+    Step,
     TokenEvent,
     TokenStatus,
     Usage,
@@ -56,10 +59,29 @@ class Generation:
         self._token_times_s: list[float] = []
         self._rounds: list[Round] = []
         self._timeline: list[ModeSpan] = []
-        self._num_unverified = 0
+        self._unverified: list[tuple[int, int]] = []  # spans of `token_ids`
         self._announced: Mode | None = None
         self._first_shown_s: float | None = None
         self._num_retracted = 0
+        self.num_audited = 0  # of the unverified tokens
+        self.num_diverged = 0
+
+    def take(self, step: Step, shows_guesses: bool) -> list[Event]:
+        """Take in what a mode's loop hands on.  -> what to tell the caller"""
+        match step:
+            case Round():
+                return self.add(step)
+            case Guess(token_ids):
+                return self.guess(token_ids) if shows_guesses else []
+            case ModeChanged():
+                self._announced = step.mode
+                return [step]
+            case Audit():
+                self.num_audited += step.num_audited
+                self.num_diverged += step.num_diverged
+                return []
+            case _:
+                return [step]
 
     def guess(self, token_ids: Sequence[int]) -> list[Event]:
         """Show provisional tokens.  -> what to tell the caller"""
@@ -94,7 +116,7 @@ class Generation:
                 events.append(ModeChanged(round_.mode, f"was {self._timeline[-1].mode}"))
             self._announced = None
             self._timeline.append(span)
-        elif self._timeline[-1].num_draft_tokens != round_.num_draft_tokens:
+        elif self._timeline[-1].num_draft_tokens != round_.num_draft_tokens and round_.mode != "cascade":
             self._timeline.append(span)
         self._rounds.append(round_)
         now_s = time.perf_counter()
@@ -106,8 +128,8 @@ class Generation:
             self._token_times_s.append(now_s)
             if self.finish_reason is not None:
                 break
-        if round_.status == "provisional":
-            self._num_unverified += len(taken)
+        if round_.status != "final" and taken:
+            self._mark_unverified(len(taken))
         if self.finish_reason is not None:
             text += self._flush()
         self._shown.append(text)
@@ -131,10 +153,16 @@ class Generation:
             events.append(TokenEvent(text[shown:], taken, status))
         return events
 
-    def announce(self, change: ModeChanged) -> ModeChanged:
-        """Take in a change of mode ahead of its first round, so that it is told once."""
-        self._announced = change.mode
-        return change
+    @property
+    def stopped_by_text(self) -> bool:
+        """Whether a stop string has ended it, of which the modes know nothing."""
+        return self.finish_reason == "stop" and self.token_ids[-1] not in self._stop_token_ids
+
+    def _mark_unverified(self, number: int) -> None:
+        """The last tokens, so many of them."""
+        end = len(self.token_ids)
+        start = self._unverified.pop()[0] if self._unverified and self._unverified[-1][1] == end - number else end - number
+        self._unverified.append((start, end))
 
     def reply(self) -> Reply:
         """All of it so far."""
@@ -146,6 +174,7 @@ class Generation:
             usage=Usage(self._num_prompt_tokens, len(self.token_ids)),
             metrics=self._metrics(),
             mode_timeline=list(self._timeline),
+            unverified_spans=list(self._unverified),
         )
 
     def _append(self, token: int) -> str:
@@ -193,9 +222,11 @@ class Generation:
             cloud_compute_ms=sum(c.compute_ms for c in costs),
             uplink_bytes=sum(c.uplink_bytes for c in costs),
             downlink_bytes=sum(c.downlink_bytes for c in costs),
-            num_unverified_tokens=self._num_unverified,
+            num_unverified_tokens=sum(end - start for start, end in self._unverified),
             first_visible_ms=(self._first_shown_s - self._started_s) * 1e3 if self._first_shown_s else 0.0,
             num_retracted_tokens=self._num_retracted,
+            num_audited_tokens=self.num_audited,
+            num_diverged_tokens=self.num_diverged,
         )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, TypedDict, get_args
 
 from edgecloud.errors import ConfigError, ContextLengthError
+from edgecloud.quality import Quality, check_quality
 from edgecloud.sampling import SamplingSettings
 from edgecloud.types import LossPolicy, ModeChoice, Objective
 
@@ -20,13 +21,14 @@ class GenerationKeywords(TypedDict, total=False):
     """Keyword arguments of `Client.generate`, `Client.stream` and their like; names as in `transformers.GenerationConfig`."""
 
     mode: ModeChoice  # "auto"
+    quality: Quality | None  # None: exact; "exact", "offline", Risk(...), CloudShare(...)
     max_new_tokens: int  # 256
     num_draft_tokens: int | None  # tokens drafted a round; None: the client's
     stop_strings: Sequence[str]  # the text ends before the first of these
     deadline_s: float | None  # seconds the whole generation may take; None: no limit
-    provisional: bool  # True: mode "auto" shows the device's guesses at once; False: only what is final
+    provisional: bool  # True: modes "auto" and "cascade" show the device's guesses at once; False: only what is final
     objective: Objective  # "latency", of mode "auto"
-    on_cloud_loss: LossPolicy  # "continue", of mode "auto"
+    on_cloud_loss: LossPolicy  # "continue", of modes "auto" and "cascade"
     max_provisional_tokens: int  # 256: guesses at a time while the cloud is silent
     temperature: float  # 0.0: greedy
     top_k: int  # 0: off
@@ -40,6 +42,7 @@ class GenerationOptions:
     """The same, checked. Raises ConfigError that names the option."""
 
     mode: ModeChoice = "auto"
+    quality: Quality | None = None
     max_new_tokens: int = 256
     num_draft_tokens: int = 4
     stop_strings: Sequence[str] = ()
@@ -54,6 +57,7 @@ class GenerationOptions:
         """Check every value."""
         if self.mode not in MODES:
             raise ConfigError(f"mode is {self.mode!r}; it takes {', '.join(MODES)}")
+        check_quality(self.quality, self.mode)
         check_whole("max_new_tokens", self.max_new_tokens, 1)
         check_whole("num_draft_tokens", self.num_draft_tokens, 1, 64)
         check_whole("max_provisional_tokens", self.max_provisional_tokens, 1)
@@ -71,7 +75,12 @@ class GenerationOptions:
     @property
     def shows_guesses(self) -> bool:
         """Whether provisional tokens are events."""
-        return self.mode == "auto" and self.provisional
+        return self.mode in {"auto", "cascade"} and self.provisional
+
+    @property
+    def offline(self) -> bool:
+        """Whether the device answers alone."""
+        return self.mode == "edge" or self.quality == "offline"
 
     @classmethod
     def from_keywords(cls, keywords: GenerationKeywords, num_draft_tokens: int) -> GenerationOptions:

@@ -22,6 +22,14 @@ class Drafter(Protocol):
         ...
 
 
+class ScoringDrafter(Protocol):
+    """Guesses one token, and says how sure it is."""
+
+    def guess(self, tokens: Sequence[int], sampling: SamplingSettings) -> tuple[int, float]:
+        """The token that follows `tokens`, and the score that exits are calibrated by (kernels/confidence.py)."""
+        ...
+
+
 class PendingVerdict(Protocol):
     """A verification under way."""
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-Mode = Literal["edge", "cloud", "speculative", "split"]  # how a token came about
-ModeChoice = Literal["auto", "edge", "cloud", "speculative", "split"]  # what a caller may ask for
+Mode = Literal["edge", "cloud", "speculative", "split", "cascade"]  # how a token came about
+ModeChoice = Literal["auto", "edge", "cloud", "speculative", "split", "cascade"]  # what a caller may ask for
 Objective = Literal["latency", "cost", "balanced", "offline-first"]  # what mode "auto" makes little of
 Preference = Literal["order", "latency"]  # of several services
-LossPolicy = Literal["continue", "wait", "fail"]  # what mode "auto" does when the cloud is silent
-TokenStatus = Literal["provisional", "final"]
+LossPolicy = Literal["continue", "wait", "fail"]  # what modes "auto" and "cascade" do when the cloud is silent
+TokenStatus = Literal["provisional", "final", "unverified"]
+ExitScope = Literal[
+    "token", "before", "after"
+]  # what leaves without the cloud: single tokens, or requests before or after the answer
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
@@ -52,6 +55,14 @@ class Round:
 
 
 @dataclass(frozen=True, slots=True)
+class Audit:
+    """So many tokens that nobody had verified were compared with the target's choice, and so many of them differ."""
+
+    num_audited: int
+    num_diverged: int
+
+
+@dataclass(frozen=True, slots=True)
 class Guess:
     """What a mode's loop hands on ahead of a round: the device's guess of the next tokens."""
 
@@ -63,7 +74,8 @@ class TokenEvent:
     """Tokens to show. `text` may be empty while a character is incomplete or a stop string may be forming.
 
     Provisional tokens are the device's guess: later they are confirmed by final events with the same ids, in order, whose `text` is
-    only what was not shown before; or a `Retract` takes them back.
+    only what was not shown before; or a `Retract` takes them back. Unverified tokens are the device's, too, and stay: nobody waits
+    for the target's word on them. They confirm guesses as final tokens do.
     """
 
     text: str
@@ -99,7 +111,21 @@ class CloudBack:
     """The cloud answers again: guesses are being settled."""
 
 
-Event = TokenEvent | Retract | ModeChanged | CloudLost | CloudBack
+@dataclass(frozen=True, slots=True)
+class RiskAlarm:
+    """What this client skipped differs from the target's choice more often than the risk allows: its prompts are of another kind.
+
+    From the next generation on the threshold is stricter; None: nothing is skipped any more.
+    """
+
+    risk: float
+    num_audited: int  # since the client was made, or since its last alarm
+    num_diverged: int
+    threshold: float | None
+
+
+Step = Round | Guess | ModeChanged | CloudLost | CloudBack | Audit  # what a mode's loop hands on
+Event = TokenEvent | Retract | ModeChanged | CloudLost | CloudBack | RiskAlarm
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +169,8 @@ class Metrics:
     num_unverified_tokens: int
     first_visible_ms: float  # until the first token was shown, provisional or final
     num_retracted_tokens: int  # shown as provisional, and taken back
+    num_audited_tokens: int = 0  # kept on the device's word alone, and compared with the target's choice all the same
+    num_diverged_tokens: int = 0  # of these, how many are not the target's choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +183,7 @@ class Reply:
     usage: Usage
     metrics: Metrics
     mode_timeline: list[ModeSpan]
+    unverified_spans: list[tuple[int, int]] = field(default_factory=list)  # of `token_ids`, [start, end): nobody verified these
 
     def to_dict(self) -> dict[str, Any]:
         """The object that `edgecloud generate --json` prints."""

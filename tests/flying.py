@@ -6,7 +6,8 @@ from collections.abc import Collection, Iterator, Sequence
 from itertools import cycle
 from typing import Protocol
 
-from edgecloud.edge.pilot import Cancel, Decode, Draft, Drafted, Failed, Happening, Hedge, Judged, Pilot, Streamed, Verify
+from edgecloud.edge.happenings import Cancel, Decode, Draft, Drafted, Failed, Happening, Hedge, Judged, Streamed, Verify
+from edgecloud.edge.pilot import Pilot
 from edgecloud.edge.plan import Fixed, Plan, Planner
 from edgecloud.edge.retry import Retry, Timeout
 from edgecloud.errors import ContextMissingError

@@ -13,6 +13,7 @@ class Screen:
     def __init__(self, events: Iterable[Event] = ()) -> None:
         self.text = ""
         self.final: list[int] = []
+        self.statuses: list[str] = []  # of these
         self.provisional: list[int] = []
         self.num_retracted = 0
         self.lost = False
@@ -31,11 +32,12 @@ class Screen:
             case TokenEvent(text, token_ids, "provisional"):
                 self.text += text
                 self.provisional += token_ids
-            case TokenEvent(text, token_ids, "final"):
+            case TokenEvent(text, token_ids, "final" | "unverified" as status):
                 confirmed = min(len(token_ids), len(self.provisional))
                 assert self.provisional[:confirmed] == token_ids[:confirmed], "a guess was replaced that was not taken back"
                 del self.provisional[:confirmed]
                 self.final += token_ids
+                self.statuses += [status] * len(token_ids)
                 self.text += text
             case Retract(num_tokens, num_characters):
                 assert num_tokens <= len(self.provisional)

@@ -18,12 +18,12 @@ from edgecloud.client import Client
 pytest_plugins = ["pairs"]
 
 PROMPT = "Why is the sky blue?"
-KEYS = {"text", "token_ids", "finish_reason", "usage", "mode_timeline", "metrics"}
+KEYS = {"text", "token_ids", "finish_reason", "usage", "mode_timeline", "metrics", "unverified_spans"}
 METRICS = {
     "ttft_ms", "tpot_ms", "total_ms", "rtt_ms", "num_rounds", "num_draft_tokens", "num_accepted_tokens",
     "mean_acceptance_length", "acceptance_histogram", "target_passes", "target_passes_per_token", "uplink_bytes",
     "downlink_bytes", "num_unverified_tokens",
-    "first_visible_ms", "num_retracted_tokens", "cloud_compute_ms",
+    "first_visible_ms", "num_retracted_tokens", "cloud_compute_ms", "num_audited_tokens", "num_diverged_tokens",
 }  # fmt: skip
 
 

@@ -246,7 +246,7 @@ def test_the_reply_as_an_object_has_the_keys_that_scripts_read(tokenizer: ChatTo
     generation = begin(tokenizer)
     generation.add(round_of(4, 1))
     content = generation.reply().to_dict()
-    assert list(content) == ["text", "token_ids", "finish_reason", "usage", "metrics", "mode_timeline"]
+    assert list(content) == ["text", "token_ids", "finish_reason", "usage", "metrics", "mode_timeline", "unverified_spans"]
     assert content["mode_timeline"] == [{"token": 0, "mode": "speculative", "num_draft_tokens": 4}]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from edgecloud.edge.pilot import (
+from edgecloud.edge.happenings import (
     Action,
     Cancel,
     Decode,
@@ -19,11 +19,11 @@ from edgecloud.edge.pilot import (
     Hedge,
     Judged,
     Met,
-    Pilot,
     Streamed,
     Tick,
     Verify,
 )
+from edgecloud.edge.pilot import Pilot
 from edgecloud.edge.plan import Fixed, Plan
 from edgecloud.edge.retry import Retry, Timeout
 from edgecloud.errors import CloudAuthError, CloudUnavailableError, ContextMissingError
@@ -87,7 +87,10 @@ def guess_after(tokens: list[int], text: list[int], wrong: frozenset[int]) -> in
 def copy_of(pilot: Pilot) -> Pilot:
     """Another one in the same state."""
     other = copy.copy(pilot)
-    other.tokens, other.tail, other.actions, other.steps = list(pilot.tokens), list(pilot.tail), [], []
+    for name, value in vars(pilot).items():
+        if isinstance(value, list):
+            setattr(other, name, list(value))
+    other.actions, other.steps = [], []
     other._flights = [copy.copy(flight) for flight in pilot._flights]
     other._stream, other._retry, other._calls = copy.copy(pilot._stream), copy.copy(pilot._retry), copy.copy(pilot._calls)
     return other
@@ -182,6 +185,7 @@ class World:
             pilot[name] = pilot[name] is not None
         pilot["_flights"] = [(f.call, f.start, f.draft_ids, f.verdict) for f in self.pilot._flights]
         pilot["_stream"] = self.pilot._stream and (self.pilot._stream.call, self.pilot._stream.num_heard)
+        pilot.pop("_check", None)  # one of the flights
         rest = self.draft, self.requests, sorted(map(str, self.replies)), self.session, self.final, self.guessed, self.trouble_left
         return str((sorted(pilot.items()), rest))
 
@@ -198,7 +202,7 @@ class World:
             if isinstance(step, Guess):
                 self.guessed += step.token_ids
             elif isinstance(step, Round):
-                assert step.status == "final"
+                self._look_at(step)
                 if step.token_ids != self.guessed[: len(step.token_ids)]:
                     self.guessed = []
                 del self.guessed[: len(step.token_ids)]
@@ -206,6 +210,13 @@ class World:
         self.pilot.steps.clear()
         assert self.final == self.pilot.tokens[len(PROMPT) :] == self.text[: len(self.final)], self.path
         assert self.guessed == self.pilot.tail, self.path
+
+    def _look_at(self, step: Round) -> None:
+        assert step.status == "final"
+
+    def _choice(self, tokens: list[int]) -> int:
+        """The target's."""
+        return target_after(tokens, self.text)
 
     def _carry_out(self, action: Action) -> None:
         match action:
@@ -229,7 +240,7 @@ class World:
             return
         tokens = list(request.tokens)
         if isinstance(request, Decode):
-            tokens.append(target_after(tokens, self.text))
+            tokens.append(self._choice(tokens))
             self.replies.append(Streamed(request.call, len(tokens) - 1, tokens[-1:], COST))
             self.session = tokens
             if request.max_new_tokens > 1:
@@ -237,11 +248,11 @@ class World:
             return
         num_accepted = 0
         for guess in request.draft_ids:
-            if guess != target_after(tokens, self.text):
+            if guess != self._choice(tokens):
                 break
             tokens.append(guess)
             num_accepted += 1
-        self.session = [*tokens, target_after(tokens, self.text)]
+        self.session = [*tokens, self._choice(tokens)]
         self.replies.append(Judged(request.call, Verdict(num_accepted, self.session[-1], COST)))
 
 

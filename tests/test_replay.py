@@ -19,12 +19,12 @@ from edgecloud.edge.controller import Controller
 from edgecloud.edge.estimates import Estimates
 from edgecloud.edge.link_config import Outage
 from edgecloud.edge.patience import EstimatedPatience
-from edgecloud.edge.pilot import Pilot, Step
+from edgecloud.edge.pilot import Pilot
 from edgecloud.edge.plan import Fixed, Plan, Planner
 from edgecloud.edge.retry import Retry, Timeout
 from edgecloud.edge.tokenizer import TextStream
 from edgecloud.generation import Generation
-from edgecloud.types import CloudBack, CloudLost, Event, Guess, ModeChanged, Round
+from edgecloud.types import CloudBack, CloudLost, Event, Guess, ModeChanged, Round, Step
 
 STOP = 7_000_000
 LONG = Timeout(retry_s=600.0, max_attempts=10_000)  # nobody gives up

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -20,8 +20,9 @@ from edgecloud.cli.connection import (
     tls_of,
 )
 from edgecloud.cli.output import JsonFlag, print_json
-from edgecloud.errors import EdgecloudError
-from edgecloud.types import LossPolicy, ModeChoice, Objective, Preference
+from edgecloud.errors import ConfigError, EdgecloudError
+from edgecloud.quality import CloudShare, Quality, Risk
+from edgecloud.types import ExitScope, LossPolicy, ModeChoice, Objective, Preference
 
 
 @app.command()
@@ -33,6 +34,21 @@ def generate(
     ] = None,
     prefer: Annotated[Preference, typer.Option(help="Of several services: the first that works, or the nearest.")] = "order",
     mode: Annotated[ModeChoice, typer.Option(help="Who makes the tokens.")] = "auto",
+    quality: Annotated[
+        Literal["exact", "offline"] | None, typer.Option(help="exact: the cloud's own text. offline: the device's.")
+    ] = None,
+    risk: Annotated[
+        float | None, typer.Option(help="Skip the cloud where at most this share differs from its choice, as calibrated: 0.05.")
+    ] = None,
+    cloud_share: Annotated[
+        float | None, typer.Option(help="Send about this share of requests to the cloud, those of which the device is least sure.")
+    ] = None,
+    scope: Annotated[
+        ExitScope | None,
+        typer.Option(
+            help="Skip single tokens, or route requests before or after the device's answer. A risk: token, a share: before."
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
     temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="1: off.")] = 1.0,
@@ -83,6 +99,7 @@ def generate(
         stream = client.stream(
             text, raw=raw, mode=mode, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
             repetition_penalty=repetition_penalty, seed=seed, stop_strings=stop or (), deadline_s=deadline_s,
+            quality=_quality(quality, risk, cloud_share, scope),
             objective=objective, on_cloud_loss=on_cloud_loss, max_provisional_tokens=max_provisional_tokens, provisional=False,
         )  # fmt: skip
         interrupted = False
@@ -104,3 +121,20 @@ def generate(
             sys.stdout.write("\n")
         if interrupted:
             raise typer.Exit(130)
+
+
+def _quality(
+    named: Literal["exact", "offline"] | None, risk: float | None, share: float | None, scope: ExitScope | None
+) -> Quality | None:
+    """The one that was asked for. Raises ConfigError: there are several, or a scope of nothing."""
+    given = {"--quality": named, "--risk": risk, "--cloud-share": share}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise ConfigError(f"{' and '.join(names)} are given; give one of them")
+    if scope is not None and risk is None and share is None:
+        raise ConfigError(f"--scope is {scope}; it goes with --risk or --cloud-share")
+    if risk is not None:
+        return Risk(risk, scope or "token")
+    if share is not None:
+        return CloudShare(share, scope or "before")
+    return named
