@@ -74,7 +74,7 @@ def split_corrections(corrections: Sequence[Correction]) -> tuple[list[Correctio
     return [correction for at, correction in enumerate(corrections) if at % step != step - 1], held_out
 
 
-def draft_vocab(draft: ModelFolder) -> tuple[int, ...] | None:
+def draft_vocab(draft: ModelFolder) -> list[int] | None:
     """The ids that a draft with a trimmed head may propose; None: all. Raises ModelError."""
     path = draft.path / DRAFT_VOCAB
     if not path.is_file():

@@ -289,9 +289,8 @@ class Client:
         """
         options = GenerationOptions.from_keywords(keywords, self._num_draft_tokens)
         if not self._addresses and not options.offline and (options.mode != "auto" or options.quality is not None):
-            raise ConfigError(
-                f"{f'mode {options.mode!r}' if options.quality is None else options.quality!r} needs a cloud; give HOST:PORT"
-            )
+            asked = f"mode {options.mode!r}" if options.quality is None else f"quality {options.quality!r}"
+            raise ConfigError(f"{asked} needs a cloud; give HOST:PORT")
         if options.drafter == "lookup" and not self._addresses:
             raise ConfigError("drafter 'lookup' needs a cloud; give HOST:PORT, or take 'both' or 'model'")
         route = self._routes.route(options, self.bundle)
