@@ -77,6 +77,11 @@ class KVPool:
         return all(bool(t.isfinite().all()) for pair in self._layers.values() for t in pair)
 
     @property
+    def num_layers(self) -> int:
+        """Layers that have written."""
+        return len(self._layers)
+
+    @property
     def bytes_per_slot(self) -> int:
         """Bytes that one token takes, over all layers that have written."""
         return sum(t.element_size() * t.shape[0] * t.shape[2] for pair in self._layers.values() for t in pair)

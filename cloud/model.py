@@ -105,6 +105,11 @@ class TargetModel:
         """
         trial = Trial(self.forward, self.vocab_size, self.device)
         paged = trial.logits((16, 8))
+        if trial.pool.num_layers != self.num_layers:  # logits may be alike all the same, while a short context says little
+            raise ModelError(
+                f"{self.folder}: {trial.pool.num_layers} of {self.num_layers} layers keep their state as keys and values; "
+                f"this architecture ({self._model.config.model_type}) is not supported as a target"
+            )
         self._model.set_attn_implementation("sdpa" if self._model._supports_sdpa else "eager")
         try:
             with torch.inference_mode():

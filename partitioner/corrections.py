@@ -84,7 +84,7 @@ def draft_vocab(draft: ModelFolder) -> list[int] | None:
         vocab.require(draft.vocab_size, [])
     except ValueError as error:
         raise ModelError(f"{path}: {error}") from error
-    return vocab.token_ids
+    return list(vocab.token_ids)
 
 
 def _check_sources(folder: Path, segments: Sequence[Segment], draft: ModelFolder, draft_fingerprint: str | None) -> None:

@@ -181,8 +181,9 @@ class EngineMachine(RuleBasedStateMachine):
         max_rows=st.sampled_from([6, 512]),
         max_sessions=st.sampled_from([4, 99, 99]),
         quota_tokens=st.sampled_from([30, None]),
+        tight=st.sampled_from([False, True, False]),
     )
-    def start(self, num_pages: int, max_rows: int, max_sessions: int, quota_tokens: int | None) -> None:
+    def start(self, num_pages: int, max_rows: int, max_sessions: int, quota_tokens: int | None, tight: bool) -> None:
         self.engine = Engine(
             self.target,
             cache_bytes=num_pages * PAGE_SIZE * self.target.bytes_per_token,
@@ -195,6 +196,8 @@ class EngineMachine(RuleBasedStateMachine):
         self.max_sessions = max_sessions
         self.quotas = {"a": None, "b": quota_tokens}
         self.pool, self.sessions = self.engine._pool, self.engine._sessions
+        if tight:  # not even for the longest session alone; else rows hardly ever find no room
+            self.sessions._max_row_bytes = 40 * ROW_BYTES
         self.copy, self.pool.copy_slots = self.pool.copy_slots, self.watched_copy
         batcher = self.engine._batcher
         self.waits, batcher._waits_for_others = batcher._waits_for_others, self.watched_waits  # type: ignore[method-assign]
@@ -207,7 +210,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(
         who=st.integers(0, 5),
-        cut=st.sampled_from([0, 0, 0, 1, 2]),
+        cut=st.sampled_from([0, 1, 2]),
         stem=st.sampled_from([0, 0, 1]),
         num_common=st.sampled_from([0, 9, 17, 26, 33, 33]),
         own=st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=6),
@@ -470,7 +473,9 @@ class EngineMachine(RuleBasedStateMachine):
         """Only who has something to wait for is told to come again."""
         assert answer.retry_after_ms > 0
         others = [client for client in self.clients if client.queue and client is not asked.client]
-        assert others, "there was room: nobody else was at work"
+        rows = asked.request.boundary
+        most = 0 if rows is None else asked.request.context_start * ROW_BYTES + len(rows.rows)
+        assert others or most > self.sessions._max_row_bytes, "there was room: nobody else was at work"
         if "rows of busy" in answer.reason:
             self.seen["overloaded with rows"] += 1
             asked.client.held, asked.client.held_cut = asked.before
@@ -656,7 +661,16 @@ def test_pages_and_choices_stay_right_whatever_comes(model: tuple[TargetModel, O
 
 
 def test_the_machine_gets_everywhere(model: tuple[TargetModel, Oracle]) -> None:
-    """The same runs every time, counted: what holds because nothing happens would prove nothing."""
-    how = settings(max_examples=100, stateful_step_count=50, derandomize=True, database=None, phases=[Phase.generate])
-    seen = run(model, how)
-    assert {name: seen[name] for name, least in LEAST_SEEN.items() if seen[name] < least} == {}, seen
+    """Counted: what holds because nothing happens would prove nothing.
+
+    The runs are the same every time for the same code: constants in any module that is loaded change what hypothesis draws. Where a
+    hundred runs leave out something rare, three hundred must not.
+    """
+    lacking: dict[str, int] = {}
+    for num_runs in (100, 300):
+        how = settings(max_examples=num_runs, stateful_step_count=50, derandomize=True, database=None, phases=[Phase.generate])
+        seen = run(model, how)
+        lacking = {name: seen[name] for name, least in LEAST_SEEN.items() if seen[name] < least}
+        if not lacking:
+            break
+    assert lacking == {}, seen
