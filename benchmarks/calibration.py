@@ -116,7 +116,7 @@ def rules(records: Sequence[Record]) -> list[dict[str, Any]]:
 def predictors(records: Sequence[Record]) -> dict[str, float]:
     """Correlation of what is known of a request with the share of its local answer that diverges."""
     loss = [np.mean(record.local_mismatched) for record in records]
-    known = {"first score": [record.first_score for record in records], "mean score": [record.mean_score for record in records]}
+    known = {"opening score": [record.opening_score for record in records], "mean score": [record.mean_score for record in records]}
     for tokens in (4, 8, 16):
         known[f"mean of the first {tokens} scores"] = [float(np.mean(record.local_scores[:tokens])) for record in records]
     return {name: float(np.corrcoef(scores, loss)[0, 1]) for name, scores in known.items()}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from edgecloud.calibration import OPENING_TOKENS
 from edgecloud.edge.exits import Exits
 from edgecloud.edge.happenings import Cancel, Drafted, Failed, Happening, Judged, Verify
 from edgecloud.edge.pilot import TICK_S, Flight, Pilot
@@ -60,9 +61,6 @@ class CascadePilot(Pilot):
     # Tokens
 
     def _keep_guess(self, drafted: Drafted) -> None:
-        if self._undecided and self._exits.scope == "before" and self._route(drafted.score):
-            self._end_with([drafted.token_id])
-            return
         self._scores.append(drafted.score)
         if self._may_skip and not self.tail:
             self.tail.append(drafted.token_id)
@@ -70,7 +68,7 @@ class CascadePilot(Pilot):
                 self.steps.append(Guess([drafted.token_id]))
             return
         super()._keep_guess(drafted)
-        if self._undecided and self._is_whole(self.tail) and self._route(fmean(self._scores)):
+        if self._undecided and self._tells_enough and self._route(fmean(self._scores)):
             tail, self.tail = self.tail, []
             self._end_with(tail)
 
@@ -78,8 +76,13 @@ class CascadePilot(Pilot):
         """Decide where the request goes.  -> whether it stays here"""
         self._undecided = False
         self._on_device = self._offline = self._exits.sure(score)
-        self._backlog = not self._offline and bool(self.tail)  # a whole answer goes up as one draft
+        self._backlog = not self._offline and bool(self.tail)  # what there is goes up as one draft
         return self._offline
+
+    @property
+    def _tells_enough(self) -> bool:
+        """Whether the request can be routed by what was guessed."""
+        return self._is_whole(self.tail) or (self._exits.scope == "before" and len(self._scores) >= OPENING_TOKENS)
 
     @property
     def _may_skip(self) -> bool:
@@ -215,7 +218,7 @@ class CascadePilot(Pilot):
 
     def _lookahead(self, plan: Plan) -> int:
         if self._undecided:
-            return 1 if self._exits.scope == "before" else self._end
+            return OPENING_TOKENS if self._exits.scope == "before" else self._end
         return super()._lookahead(plan)
 
     # The end

@@ -16,8 +16,9 @@ AUDIT_RATE = 0.25  # of the runs of skipped tokens; they go up with the next dra
 class Exits:
     """What leaves without the cloud.
 
-    `token`: a guess with a score of at least `threshold`. `before`: an answer whose first guess scores so high; `after`: whose
-    guesses do on average. The score of a guess is the probability that the draft gives its own most likely token.
+    `token`: a guess with a score of at least `threshold`. `before`: an answer whose first guesses score so high on average;
+    `after`: one whose guesses do, all of them counted. The score of a guess is the probability that the draft gives its own most
+    likely token.
     """
 
     scope: ExitScope

@@ -29,7 +29,7 @@ def exits_by_threshold(records: Sequence[Record], scope: Scope) -> list[Exits]:
 
 def request_scores(records: Sequence[Record], scope: Literal["before", "after"]) -> np.ndarray:
     """What a request is judged by.  -> [prompts]"""
-    return np.array([record.first_score if scope == "before" else record.mean_score for record in records])
+    return np.array([record.opening_score if scope == "before" else record.mean_score for record in records])
 
 
 def exit_rule(scope: Scope, risk: float, temperature: float, delta: float, table: Sequence[Exits]) -> ExitRule:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from edgecloud.calibration import OPENING_TOKENS
 from edgecloud.partitioner.atomic import exclusive
 from edgecloud.partitioner.rollout import ALWAYS, NEVER, Rollouts
 from edgecloud.partitioner.step_cache import step_key
@@ -32,9 +33,10 @@ class Record:
     local_mismatched: list[int]
 
     @property
-    def first_score(self) -> float:
-        """Of the answer's first token: what is known before anything is shown."""
-        return self.local_scores[0]
+    def opening_score(self) -> float:
+        """Over the first tokens of the draft's own answer: what is known when a request is routed."""
+        opening = self.local_scores[:OPENING_TOKENS]
+        return sum(opening) / len(opening)
 
     @property
     def mean_score(self) -> float:

@@ -1,8 +1,9 @@
 """What `edgecloud calibrate` found out: from which score on a device may answer without the cloud, at which risk.
 
 Three scopes. `token`: the score is the probability that the draft gives its own most likely token (softmax at temperature 1
-where a request is greedy, else at the request's). `before`: that of the answer's first token, known before anything is shown.
-`after`: the mean over the tokens of the draft's whole answer. An exit is taken where the score is at least the threshold.
+where a request is greedy, else at the request's). `before`: the mean over the draft's first tokens, OPENING_TOKENS of them, with
+which nothing has been asked of the cloud yet. `after`: the mean over the draft's whole answer. An exit is taken where the score
+is at least the threshold.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from edgecloud.bundle import MANIFEST, Bundle
 from edgecloud.errors import BundleError, ConfigError
 from edgecloud.manifest import build, build_list
 
+OPENING_TOKENS = 8  # the first alone says nothing of the answer; eight say nearly as much as all of it
 Scope = Literal["token", "before", "after"]
 
 

@@ -13,7 +13,7 @@ from edgecloud.types import ExitScope
 class Risk:
     """Of what the device answers by itself, a share of at most `risk` may differ from the target's choice, as calibrated.
 
-    `scope`: `token`: single tokens are skipped. `before`: a request goes one way as a whole, by the answer's first token; `after`:
+    `scope`: `token`: single tokens are skipped. `before`: a request goes one way as a whole, by the first of its guesses; `after`:
     by the device's whole answer.
     """
 
@@ -32,7 +32,7 @@ class Risk:
 class CloudShare:
     """About so large a share of requests goes to the cloud, the least sure ones; nothing bounds how far the others diverge.
 
-    `scope`: `before` the answer, by its first token, or `after` it, by the device's whole answer.
+    `scope`: `before` the answer, by the first of its guesses, or `after` it, by the device's whole answer.
     """
 
     share: float

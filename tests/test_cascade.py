@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_pilot import COST, PROMPT, STOP, WRONG, Counts, Steady, World, explore, target_after
 
+from edgecloud.calibration import OPENING_TOKENS
 from edgecloud.edge.cascade import CascadePilot
 from edgecloud.edge.exits import Exits
 from edgecloud.edge.happenings import Cancel, Draft, Drafted, Failed, Happening, Judged, Tick, Verify
@@ -327,6 +328,26 @@ class RoutedWorld(CascadeWorld):
     def _look_at(self, step: Round) -> None:
         if step.token_ids:
             assert (step.mode, step.status) == (("edge", "provisional") if 0 in self.sure else ("speculative", "final"))
+
+
+@pytest.mark.parametrize("num_sure", [0, OPENING_TOKENS])
+def test_before_anything_goes_up_the_first_guesses_decide_and_no_others(num_sure: int) -> None:
+    pilot = make_cascade(Plan("speculative", 2), 12, Exits("before", THRESHOLD))
+    pilot.begin(0.0)
+    for at in range(12 if num_sure else OPENING_TOKENS):
+        [draft] = pilot.actions
+        assert isinstance(draft, Draft)
+        pilot.actions.clear()
+        pilot.take(Drafted(draft.version, at, SURE if at < num_sure else UNSURE), 0.0)
+    rounds = [step for step in pilot.steps if isinstance(step, Round)]
+    if num_sure:
+        assert pilot.finished
+        assert {step.mode for step in rounds} == {"edge"}
+        assert [token for step in rounds for token in step.token_ids] == list(range(12))
+    else:
+        assert not rounds
+        [flight] = [action for action in pilot.actions if isinstance(action, Verify)]
+        assert (flight.tokens, flight.draft_ids) == (PROMPT, list(range(OPENING_TOKENS)))
 
 
 def test_an_answer_that_goes_up_after_all_goes_as_one_draft() -> None:

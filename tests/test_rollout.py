@@ -165,4 +165,4 @@ def test_a_record_says_what_each_threshold_would_have_done() -> None:
         assert 0 <= diverged <= skipped <= tokens
         assert diverged <= sum(mismatched)
     assert found.mean_score == pytest.approx(sum(found.local_scores) / len(found.local_scores))
-    assert found.first_score == found.local_scores[0]
+    assert found.opening_score == pytest.approx(sum(found.local_scores[:8]) / len(found.local_scores[:8]))

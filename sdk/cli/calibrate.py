@@ -16,7 +16,7 @@ from edgecloud.prompts import read_prompts
 if TYPE_CHECKING:
     from edgecloud.calibration import Calibration, ExitRule
 
-SCOPE_NAMES = {"token": "tokens", "before": "requests, by the first token", "after": "requests, by the draft's answer"}
+SCOPE_NAMES = {"token": "tokens", "before": "requests, by the first guesses", "after": "requests, by the draft's answer"}
 
 
 @app.command()
