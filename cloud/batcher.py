@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from edgecloud.cloud.attention import Rows
 from edgecloud.cloud.pages import OutOfPagesError
 from edgecloud.cloud.pass_cost import PassCostFit
-from edgecloud.cloud.prompt_room import PromptRoom
+from edgecloud.cloud.prompt_room import STRETCH, PromptRoom
 from edgecloud.cloud.sessions import Kind, OverQuotaError, Session, SessionStore
 from edgecloud.cloud.work import Answer, Extend
 
@@ -99,12 +99,14 @@ class Batcher:
     what it could take, it waits.
     """
 
-    def __init__(self, sessions: SessionStore, max_rows: int, fit: PassCostFit, fewest_shared: int = 0) -> None:
+    def __init__(
+        self, sessions: SessionStore, max_rows: int, fit: PassCostFit, fewest_shared: int = 0, stretch: float = STRETCH
+    ) -> None:
         self._sessions = sessions
         self._max_rows = max_rows
         self._fewest_shared = fewest_shared  # tokens
         self._fit = fit
-        self._prompt_room = PromptRoom(fit)
+        self._prompt_room = PromptRoom(fit, stretch)
         self._rows_had: dict[str, float] = {}  # by tenant, since it last was idle
 
     def plan(self, jobs: Sequence[Job], now_s: float) -> Plan:

@@ -18,6 +18,7 @@ from edgecloud.cloud.boundary import check_rows, decoded
 from edgecloud.cloud.model import TargetModel
 from edgecloud.cloud.pages import PagePool
 from edgecloud.cloud.pass_cost import PassCostFit
+from edgecloud.cloud.prompt_room import STRETCH
 from edgecloud.cloud.sessions import IDS, Kind, SessionStore
 from edgecloud.cloud.work import Answer, Boundary, EngineLoad, Extend, Extended, Failed, Invalid, Overloaded, Refused
 from edgecloud.errors import ConfigError
@@ -39,6 +40,8 @@ CANCELLED_GRACE_S = 10.0  # a client that went away may come back this long befo
 class Engine:
     """A target model with a paged cache of `cache_bytes`.
 
+    `stretch`: how much longer prompts may make the pass of others; infinite where nobody waits for a single answer.
+
     Raises:
         ConfigError: the cache would not hold a single page.
     """
@@ -53,6 +56,7 @@ class Engine:
         max_sessions: int = 1024,
         idle_s: float = 300.0,
         fewest_shared: int = FEWEST_SHARED,
+        stretch: float = STRETCH,
     ) -> None:
         num_pages = cache_bytes // (page_size * model.bytes_per_token)
         if num_pages < 1:
@@ -68,7 +72,7 @@ class Engine:
         max_row_bytes = max(cache_bytes // ROWS_SHARE, self.max_context_tokens * 4 * model.width)  # one session's at least
         self._sessions = SessionStore(self._pool, max_sessions, idle_s, max_row_bytes)
         self._fit = PassCostFit()
-        self._batcher = Batcher(self._sessions, max_rows, self._fit, fewest_shared)
+        self._batcher = Batcher(self._sessions, max_rows, self._fit, fewest_shared, stretch)
         self._jobs: list[Job] = []  # admitted: one a session
         self._deferred: dict[bytes, deque[Job]] = {}  # a session does one thing at a time, the rest waits here
         self._next_idle_check_s = 0.0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+import sys
 from collections import deque
 
 from edgecloud.cloud.pass_cost import PassCostFit
@@ -17,13 +19,14 @@ UNMEASURED_PASSES = 32  # with prompts, then one without: what others' passes ta
 
 
 class PromptRoom:
-    """Keeps passes within `STRETCH` of what they would take without prompts.
+    """Keeps passes within `stretch` of what they would take without prompts; with an infinite one prompts take all the room.
 
     What they would take is measured, not fitted: after some passes with prompts a line through all goes through those, and is wrong
     about passes of few rows. What they take with prompts is fitted to such passes only, and tried step by step.
     """
 
-    def __init__(self, fit: PassCostFit) -> None:
+    def __init__(self, fit: PassCostFit, stretch: float = STRETCH) -> None:
+        self._stretch = stretch
         self._fit = fit  # to all passes: believed where nothing better is known
         self._beside = PassCostFit()
         self._alone: deque[tuple[int, float]] = deque(maxlen=NUM_ALONE)  # rows and milliseconds
@@ -35,12 +38,14 @@ class PromptRoom:
 
         0: they wait for one pass.
         """
+        if math.isinf(self._stretch):
+            return sys.maxsize
         if self._num_beside >= UNMEASURED_PASSES:
             return 0
         if not self._fit.is_trusted:
             return UNTRIED_CHUNK_ROWS
         fit = self._beside if self._beside.is_trusted else self._fit
-        spare_ms = STRETCH * self._alone_ms(num_short, num_context) - fit.predict_ms(num_short, num_context + prompt_context)
+        spare_ms = self._stretch * self._alone_ms(num_short, num_context) - fit.predict_ms(num_short, num_context + prompt_context)
         cost = fit.cost
         per_row_ms = cost.per_token_ms + cost.per_context_token_ms  # a row attends to itself as well
         num_rows = min(self._most_rows, num_short + int(spare_ms / max(per_row_ms, 1e-3)))
@@ -52,7 +57,7 @@ class PromptRoom:
             num_rows = num_short + num_prompt
             self._beside.observe(num_rows, num_context, took_ms)
             self._num_beside += 1
-            kept = took_ms <= STRETCH * self._alone_ms(num_short, num_context)
+            kept = took_ms <= self._stretch * self._alone_ms(num_short, num_context)
             self._most_rows = max(padded_rows(num_rows + 1), int(GROWTH * num_rows)) if kept else int(num_rows / GROWTH)
         elif num_short:
             self._alone.append((num_short, took_ms))

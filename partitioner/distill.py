@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from edgecloud.partitioner.checkpoint import read_notes, restore, write_checkpoi
 from edgecloud.partitioner.kl import mean_kl
 from edgecloud.partitioner.lessons import Lessons, by_length, padded
 from edgecloud.partitioner.on_policy import OnPolicy
+from edgecloud.partitioner.rounding import rounded_for_now
 from edgecloud.partitioner.student import Student
 
 SHUFFLED_TOGETHER = 512  # sequences that are sorted by length among themselves
@@ -45,6 +47,7 @@ class DistillSettings:
     vector_rate: float = 1e-3  # of AdamW, for norms
     prompt_share: float = 0.5  # of the prompts' positions, drawn anew each time, that are learnt from
     own_share: float = 0.0  # of the steps, all in the last third: those that learn from the draft's own samples
+    rounded: bool = True  # learns, and is examined, with its weights as int4 keeps them
     seed: int = 0
     evaluate_every: int = 50  # steps
     patience: int = 8  # evaluations without a better one before it stops
@@ -142,6 +145,10 @@ class Distillation:
 
     def examine(self) -> tuple[float, float]:
         """Agreement and top-3 agreement over the held-out greedy answers' tokens."""
+        with self._as_shipped():
+            return self._examine()
+
+    def _examine(self) -> tuple[float, float]:
         lessons = self._lessons
         sequences = {n: lessons.answers[n].ids[:-1] for n in self._examined}
         right = right3 = total = 0
@@ -163,13 +170,17 @@ class Distillation:
         for optimizer, top in zip(self._optimizers, (self._settings.matrix_rate, self._settings.vector_rate), strict=True):
             optimizer.param_groups[0]["lr"] = top * rate
             optimizer.zero_grad(set_to_none=True)
-        learnt, states = self._from_itself() if self._learns_from_itself() else self._from_answers(batch)
-        loss = mean_kl(learnt, self._student.head, states, self._target_head)
-        torch.autograd.backward(loss)
+        with self._as_shipped():
+            learnt, states = self._from_itself() if self._learns_from_itself() else self._from_answers(batch)
+            loss = mean_kl(learnt, self._student.head, states, self._target_head)
+            torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self._student.trained().values(), GRADIENT_NORM)
         for optimizer in self._optimizers:
             optimizer.step()
         return float(loss.detach()), len(learnt)
+
+    def _as_shipped(self) -> AbstractContextManager[None]:
+        return rounded_for_now(self._student.trained().values()) if self._settings.rounded else nullcontext()
 
     def _from_answers(self, batch: Sequence[int]) -> tuple[Tensor, Tensor]:
         rows, places, states = self._positions_of(batch)

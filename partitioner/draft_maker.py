@@ -78,7 +78,7 @@ def make_draft(
     lessons.prepare(model, read)
     always = tokenizer_match.eos_token_ids(target)
     kept = frequent_tokens((answer.ids for answer in answers), settings.num_kept, target.vocab_size, always)
-    student = Student(model, settings.layers, torch.tensor(kept.token_ids, device=model.device))
+    student = Student(model, settings.layers, torch.tensor(kept.token_ids, device=model.device), rounded=settings.rounded)
     distillation = Distillation(model, student, lessons, settings, work)
     remark(f"learning from {distillation.num_training} answers, examined by {distillation.num_examined} of other prompts")
     curve = distillation.run(learnt)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from edgecloud.errors import ConfigError, ModelError
+from edgecloud.partitioner.rounding import rounded as as_int4
 
 
 def default_layers(num_layers: int, num_kept: int) -> list[int]:
@@ -28,12 +29,13 @@ class Student:
         target: the stock model, in fp32.
         layers: which of its layers to begin with, ascending.
         kept_ids: tokens that the draft may propose, ascending.
+        rounded: embedding and head are what int4 keeps of them.
 
     Raises:
         ConfigError: a layer is out of range. ModelError: the target's layers are not one list.
     """
 
-    def __init__(self, target: PreTrainedModel, layers: Sequence[int], kept_ids: Tensor) -> None:
+    def __init__(self, target: PreTrainedModel, layers: Sequence[int], kept_ids: Tensor, *, rounded: bool = True) -> None:
         num_layers = target.config.get_text_config().num_hidden_layers
         if not layers or list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < num_layers:
             raise ConfigError(f"layers are {list(layers)}; give different ones from 0 to {num_layers - 1}, in order")
@@ -45,7 +47,12 @@ class Student:
         for parameter in self.decoder.parameters():
             if parameter is not embedding.weight:
                 parameter.requires_grad_(True)
-        self.head = self.model.get_output_embeddings().weight[kept_ids]
+        head = self.model.get_output_embeddings().weight
+        if rounded:
+            with torch.no_grad():
+                for weights in {embedding.weight, head}:  # often one
+                    weights.copy_(as_int4(weights))
+        self.head = head[kept_ids]
 
     def hidden(self, ids: Tensor) -> Tensor:
         """What the head is applied to.  [sequences, tokens] -> [sequences, tokens, width]"""

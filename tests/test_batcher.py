@@ -26,9 +26,9 @@ MAX_ROWS = 256
 class Desk:
     """A batcher with all the pages it wants, and requests to plan for."""
 
-    def __init__(self, max_rows: int = MAX_ROWS, fit: PassCostFit | None = None) -> None:
+    def __init__(self, max_rows: int = MAX_ROWS, fit: PassCostFit | None = None, stretch: float = STRETCH) -> None:
         self._sessions = SessionStore(PagePool(10_000, 16), 1000, 300.0)
-        self.batcher = Batcher(self._sessions, max_rows, fit or PassCostFit())
+        self.batcher = Batcher(self._sessions, max_rows, fit or PassCostFit(), stretch=stretch)
         self.jobs: list[Job] = []
 
     def ask(self, num_rows: int, *, tenant: str = "", deadline_s: float = math.inf, arrived_s: float = 0.0) -> Job:
@@ -188,6 +188,19 @@ def test_the_last_chunk_of_a_prompt_is_no_short_request() -> None:
     prompt.is_prompt = True
     prompt.open_session.table.length = 60
     assert desk.plan()[-1].num_rows == SMALLEST_CHUNK_ROWS
+
+
+def test_where_nobody_waits_for_one_answer_prompts_fill_every_pass() -> None:
+    desk = Desk(fit=fit_of(40, 1), stretch=math.inf)
+    for _ in range(8):
+        desk.ask(1)
+    for _ in range(4):
+        desk.ask(2000)
+    for _ in range(10):
+        shares = desk.plan()
+        assert sum(share.num_rows for share in shares) == MAX_ROWS
+        desk.batcher.observe(shares, 300.0)
+        desk.run(shares)
 
 
 def test_a_prompt_alone_takes_all_there_is() -> None:

@@ -27,6 +27,7 @@ from edgecloud.partitioner.frequent_tokens import frequent_tokens
 from edgecloud.partitioner.kl import mean_kl
 from edgecloud.partitioner.lessons import Lessons, by_length
 from edgecloud.partitioner.questions import questions
+from edgecloud.partitioner.rounding import rounded
 from edgecloud.partitioner.student import default_layers
 
 NUM_ANSWERS = 120
@@ -86,7 +87,7 @@ def test_a_draft_learns_to_agree_and_is_an_ordinary_folder(target: Path, answers
     model = AutoModelForCausalLM.from_pretrained(draft)
     assert model.config.num_hidden_layers == 2
     whole = AutoModelForCausalLM.from_pretrained(target)
-    assert torch.equal(model.get_input_embeddings().weight, whole.get_input_embeddings().weight)
+    assert torch.equal(model.get_input_embeddings().weight, rounded(whole.get_input_embeddings().weight))
     assert AutoTokenizer.from_pretrained(draft).chat_template
     ids = json.loads((draft / "draft_vocab.json").read_text("utf-8"))["token_ids"]
     assert ids == sorted(ids)

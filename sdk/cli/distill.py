@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -50,6 +51,7 @@ def distill(  # typer fills them by name
     own_share: Annotated[float, typer.Option(help="Share of the steps that learn from the draft's own samples.")] = 0.0,
     patience: Annotated[int, typer.Option(help="Examinations without a better one before it stops.")] = 8,
     evaluate_every: Annotated[int, typer.Option(help="Steps between examinations and checkpoints.")] = 50,
+    for_int4: Annotated[bool, typer.Option("--for-int4/--for-fp32", help="Learn with the weights as int4 keeps them.")] = True,
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     work: Annotated[
@@ -76,7 +78,9 @@ def distill(  # typer fills them by name
         raise BundleError(f"{output} is there; give --overwrite to replace it, or another name")
     chosen = default_layers(folder.num_layers, num_layers) if layers is None else _numbers(layers)
     examined = {"evaluate_every": evaluate_every, "patience": patience}
-    settings = DistillSettings(tuple(chosen), num_kept, steps, tokens_a_step, own_share=own_share, seed=seed, **examined)
+    settings = DistillSettings(
+        tuple(chosen), num_kept, steps, tokens_a_step, own_share=own_share, rounded=for_int4, seed=seed, **examined
+    )
     place = work or output.with_name(f"{output.name}.work")
     console = progress_console()
     if answers is None:
@@ -129,7 +133,7 @@ def _collect(target: ModelFolder, asked: _Asked, file: AnswerFile, device: str, 
         return
     remark = remarks(console)
     remark(f"the target answers {len(missing)} prompts; {len(known)} answers are there")
-    engine = Engine(TargetModel(target.path, "float32", device), cache_bytes=CACHE_BYTES)
+    engine = Engine(TargetModel(target.path, "float32", device), cache_bytes=CACHE_BYTES, stretch=math.inf)
     answerer = Answerer(engine, eos_token_ids(target.path), asked.max_new_tokens)
     with file.append_to() as appender, generations(console, remark) as progress:
         for number, answer in enumerate(answerer.answers(missing), 1):
