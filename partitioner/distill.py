@@ -31,6 +31,8 @@ from edgecloud.partitioner.student import Student
 SHUFFLED_TOGETHER = 512  # sequences that are sorted by length among themselves
 WARMUP_STEPS = 20
 DECAY = 0.3  # of all steps: the last ones, in which the rates fall to nothing
+OWN = 1 / 3  # of all steps: the last ones, some of which learn from the draft's own samples
+STEADY = min(1 - DECAY, 1 - OWN)  # of all steps: the first ones, which are the same however many there are
 GRADIENT_NORM = 1.0
 HELD_OUT = 20  # one prompt in so many is kept out of the training
 
@@ -193,8 +195,8 @@ class Distillation:
 
     def _learns_from_itself(self) -> bool:
         drawn = np.random.default_rng((self._settings.seed, 2, self._step)).random()
-        late = 3 * self._step >= 2 * self._settings.num_steps
-        return late and self._on_policy.possible and bool(drawn < 3 * self._settings.own_share)
+        late = self._step >= (1 - OWN) * self._settings.num_steps
+        return late and self._on_policy.possible and bool(drawn < self._settings.own_share / OWN)
 
     def _positions_of(self, batch: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Of the whole answers and some of their prompts: row in the batch, place in the row, the target's state there."""
@@ -244,8 +246,15 @@ class Distillation:
         write_checkpoint(self._folder / "latest", self._student.trained(), self._optimizers, notes)
 
     def _take_up(self, notes: dict[str, Any]) -> None:
-        if notes["settings"] != self._described():
+        before, now = dict(notes["settings"]), self._described()
+        num_before, num_now = before.pop("num_steps"), now.pop("num_steps")
+        if before != now:
             raise ConfigError(f"{self._folder} holds a run with other settings or answers; take another --work folder or remove it")
+        if num_before != num_now and notes["step"] > STEADY * min(num_before, num_now):
+            raise ConfigError(
+                f"{self._folder} is at step {notes['step']} of {num_before}, where steps depend on their number; "
+                f"go on with {num_before}, or take another --work folder"
+            )
         restore(self._folder / "latest", self._student.trained(), self._optimizers)
         self.curve = [CurvePoint(**point) for point in notes["curve"]]
         self._step, self._positions, self._best = notes["step"], notes["positions"], notes["best"]

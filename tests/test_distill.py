@@ -23,9 +23,12 @@ from edgecloud.cloud.answering import Answerer
 from edgecloud.cloud.engine import Engine
 from edgecloud.cloud.model import TargetModel
 from edgecloud.errors import ConfigError
+from edgecloud.partitioner.distill import CurvePoint, DistillSettings
+from edgecloud.partitioner.draft_maker import DraftReport, make_draft
 from edgecloud.partitioner.frequent_tokens import frequent_tokens
 from edgecloud.partitioner.kl import mean_kl
 from edgecloud.partitioner.lessons import Lessons, by_length
+from edgecloud.partitioner.model_folder import ModelFolder
 from edgecloud.partitioner.questions import questions
 from edgecloud.partitioner.rounding import rounded
 from edgecloud.partitioner.student import default_layers
@@ -118,6 +121,28 @@ def test_other_settings_do_not_go_on_with_a_run(
     assert distil(target, answers, draft) == 0
     assert distil(target, answers, draft, "--overwrite", "--seed", "1") == 2
     assert "other settings" in capsys.readouterr().err
+
+
+def test_a_run_is_prolonged_while_its_rates_are_steady_and_not_later(target: Path, answers: Path, tmp_path: Path) -> None:
+    def stopped_at(step: int, num_steps: int) -> DraftReport:
+        def learnt(point: CurvePoint) -> None:
+            if point.step == step:
+                raise KeyboardInterrupt
+
+        settings = DistillSettings((0, 3), 200, num_steps, tokens_a_step=1024, evaluate_every=10)
+        return make_draft(
+            ModelFolder.open(str(target)), list(AnswerFile(answers)), settings, tmp_path / "a", tmp_path / "a.work", learnt=learnt
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped_at(10, 20)
+    with pytest.raises(KeyboardInterrupt):
+        stopped_at(30, 40)  # step 10 is before the last third of either
+    with pytest.raises(ConfigError, match="step 30 of 40"):
+        stopped_at(50, 50)
+    assert distil(target, answers, tmp_path / "a") == 0
+    assert distil(target, answers, tmp_path / "at_once") == 0
+    assert record(tmp_path / "a")["curve"] == record(tmp_path / "at_once")["curve"]
 
 
 Spoiler = Callable[[list[Answer]], list[Answer]]
