@@ -105,8 +105,8 @@ class Gate(grpc.aio.ServerInterceptor):
             self._ended(METHODS.get(method, "other"), code.name, "", context, 0.0)  # a stranger cannot make up a label
             await abort(context, code, words)
 
-        make: Any = grpc.stream_stream_rpc_method_handler
-        return make(turn_away)  # type: ignore[no-any-return]
+        make: Callable[..., RpcMethodHandler[Any, Any]] = grpc.stream_stream_rpc_method_handler
+        return make(turn_away)
 
     def _watched(self, method: str, handler: RpcMethodHandler[Any, Any], account: Account) -> RpcMethodHandler[Any, Any]:
         """The same method, which is let in first. Ours take one message, and answer with one or write many."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -45,8 +45,10 @@ def reading(handler: RpcMethodHandler[Any, Any]) -> RpcMethodHandler[Any, Any]:
 
 def reading_handler(handler: RpcMethodHandler[Any, Any], read: Any) -> RpcMethodHandler[Any, Any]:
     """`read(_, context)` in place of a method. To gRPC it takes a stream of messages: only of those a method may ask itself."""
-    make: Any = grpc.stream_stream_rpc_method_handler if handler.response_streaming else grpc.stream_unary_rpc_method_handler
-    return make(read, handler.request_deserializer, handler.response_serializer)  # type: ignore[no-any-return]
+    make: Callable[..., RpcMethodHandler[Any, Any]] = (
+        grpc.stream_stream_rpc_method_handler if handler.response_streaming else grpc.stream_unary_rpc_method_handler
+    )
+    return make(read, handler.request_deserializer, handler.response_serializer)
 
 
 async def _messages(context: ServicerContext[Any, Any]) -> AsyncIterator[Any]:

@@ -56,7 +56,7 @@ def decode(data: Tensor, codec: str, width: int, dtype: torch.dtype = torch.floa
     form, num_rows = FORMS[codec], len(data)
     rows = torch.empty(num_rows, width, dtype=torch.float32, device=data.device)
     if num_rows:
-        with torch.cuda.device_of(data):  # type: ignore[no-untyped-call]
+        with torch.cuda.device_of(data):  # type: ignore[no-untyped-call]  # torch's
             _decode_chunk[(num_rows, triton.cdiv(width, CHUNK))](
                 data, rows, width, *data.stride(), BITS=form.bits, GROUP=form.group, CHUNK=CHUNK
             )

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from edgecloud.cost import tokens_per_round
@@ -64,7 +64,7 @@ class Agreement:
     target_passes_per_token: float
 
 
-def load_torch(model: ModelFolder, *, fp32: bool) -> torch.nn.Module:
+def load_torch(model: ModelFolder, *, fp32: bool) -> PreTrainedModel:
     """The stock model, never with code from its folder. Raises ModelError."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -82,8 +82,9 @@ def load_torch(model: ModelFolder, *, fp32: bool) -> torch.nn.Module:
     if info["missing_keys"]:  # transformers would go on with random weights
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise ModelError(f"{model.path} lacks weights that its config asks for ({missing}); fetch or save the model again")
-    evaluated: torch.nn.Module = loaded.eval()
-    return evaluated
+    if not isinstance(loaded, PreTrainedModel):
+        raise ModelError(f"{model.path} is no model of transformers")
+    return loaded.eval()
 
 
 def encode_prompts(model: ModelFolder, max_tokens: int, prompts: Sequence[str] = PROMPTS) -> list[list[int]]:
@@ -96,14 +97,14 @@ def encode_prompts(model: ModelFolder, max_tokens: int, prompts: Sequence[str] =
 
 
 def continue_greedily(
-    target: torch.nn.Module,
+    target: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     eos_token_ids: list[int],
     num_tokens: int,
     max_new_tokens: int = NUM_CONTINUATION_TOKENS,
 ) -> list[Sample]:
     """What the target itself says after each prompt. Rows that pad its vocabulary beyond `num_tokens` are no tokens."""
-    vocab_size = target.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+    vocab_size = target.get_output_embeddings().weight.shape[0]
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -115,7 +116,7 @@ def continue_greedily(
     for prompt in prompts:
         ids = torch.tensor([list(prompt)])
         with torch.inference_mode():
-            output = target.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)  # type: ignore[operator]
+            output = target.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
         samples.append(Sample(list(prompt), output[0, len(prompt) :].tolist()))
     return samples
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from edgecloud.errors import ConfigError
 from edgecloud.exit_scores import Floats, scores
-from edgecloud.exits import RULES, ExitCurve, ExitInfo, ExitPoint, Exits, samples_to_begin
+from edgecloud.exits import RULES, Answers, ExitCurve, ExitInfo, ExitPoint, Exits, samples_to_begin
 from edgecloud.partitioner.binomial import upper_bounds
 from edgecloud.partitioner.classifier_samples import Labels
 from edgecloud.partitioner.samples import Array
@@ -53,7 +53,7 @@ def require_samples(num_samples: int, shares: tuple[float, float], risk: float, 
 
 
 def calibrate(
-    heads: Sequence[ExitInfo], found: Mapping[str, Array], right: Labels, parts: Split, answers: str, delta: float
+    heads: Sequence[ExitInfo], found: Mapping[str, Array], right: Labels, parts: Split, answers: Answers, delta: float
 ) -> list[ExitInfo]:
     """The heads with their curves.
 
@@ -71,7 +71,7 @@ def calibrate(
         before = found[heads[index - 1].features] if index else None
         curves = []
         for rule in RULES:
-            sure = scores(rule, found[head.answer], found[head.features], before, answers)  # type: ignore[arg-type]
+            sure = scores(rule, found[head.answer], found[head.features], before, answers)
             curves.append(ExitCurve(rule, _points(sure, wrong, parts, delta)))
         made.append(replace(head, curves=curves))
     return made

@@ -70,9 +70,9 @@ def train_heads(
     learned, judged = torch.from_numpy(train), torch.from_numpy(held_out)
     best, best_loss, since = [weight.detach().clone() for weight in weights], float("inf"), 0
     for _ in range(MAX_EPOCHS):
-        for rows in learned[torch.randperm(len(learned), generator=generator)].split(BATCH):  # type: ignore[no-untyped-call]
+        for rows in torch.split(learned[torch.randperm(len(learned), generator=generator)], BATCH):
             optimizer.zero_grad()
-            loss(rows).backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(loss(rows))
             optimizer.step()
         with torch.no_grad():
             found = float(loss(judged))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from edgecloud.partitioner.boundary import RAW, Accuracy, CodecSpeed, Damage, encoded_bytes, takes_codec
 from edgecloud.partitioner.cut_graph import Halves, cut_model
@@ -147,7 +148,7 @@ class CutPlanner:
             usable = [
                 codec for codec in self.speeds if codec and takes_codec(self.facts[name]) and (name, codec) not in self._banned
             ]
-            found[name] = min([RAW, *usable], key=lambda codec, name=name: spent(name, codec))  # type: ignore[misc]
+            found[name] = min([RAW, *usable], key=partial(spent, name))
         return found
 
     def _learn(self, candidate: Candidate) -> bool:

@@ -71,7 +71,8 @@ def through_codec(rows: Tensor, codec: str) -> Tensor:
 
 def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
     """The layers of a causal LM, in order. Raises ModelError."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None  # type: ignore[operator]
+    get_decoder = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if callable(get_decoder) else None
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, torch.nn.ModuleList):
         raise ModelError(f"{type(model).__name__} has no list of decoder layers that it could be cut at; take another architecture")

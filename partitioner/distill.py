@@ -21,9 +21,10 @@ from torch.optim import AdamW, Muon, Optimizer
 from transformers import PreTrainedModel
 
 from edgecloud.errors import ConfigError
+from edgecloud.partitioner.batches import by_length, padded
 from edgecloud.partitioner.checkpoint import read_notes, restore, write_checkpoint
 from edgecloud.partitioner.kl import mean_kl
-from edgecloud.partitioner.lessons import Lessons, by_length, padded
+from edgecloud.partitioner.lessons import Lessons
 from edgecloud.partitioner.on_policy import OnPolicy
 from edgecloud.partitioner.rounding import rounded_for_now
 from edgecloud.partitioner.student import Student

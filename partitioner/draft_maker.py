@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from edgecloud.answers import Answer
 from edgecloud.draft_vocab import DRAFT_VOCAB
-from edgecloud.errors import ConfigError, ModelError
+from edgecloud.errors import ConfigError
 from edgecloud.partitioner import check, tokenizer_match
 from edgecloud.partitioner.atomic import atomic_folder
 from edgecloud.partitioner.distill import CurvePoint, Distillation, DistillSettings
@@ -126,8 +126,6 @@ def _load(target: ModelFolder, device: str) -> PreTrainedModel:
         model = model.to(torch.device(device))
     except (RuntimeError, AssertionError) as error:  # torch raises either, by the kind of device
         raise ConfigError(f"device is {device!r}, which torch cannot use here: {error}") from error
-    if not isinstance(model, PreTrainedModel):
-        raise ModelError(f"{target.path} is no model of transformers")
     return model.requires_grad_(False)
 
 

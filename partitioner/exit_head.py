@@ -46,7 +46,7 @@ class ExitSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Lessons:
+class ExitLessons:
     """Positions of answers, on the device and in the type that a head is trained with."""
 
     rows: Tensor  # [n, width], of the front, as the service decodes them
@@ -66,7 +66,7 @@ class CurvePoint:
 class ExitHead(nn.Module):
     """All but the shared head. fp32."""
 
-    def __init__(self, lessons: Lessons, rank: int, seed: int) -> None:
+    def __init__(self, lessons: ExitLessons, rank: int, seed: int) -> None:
         super().__init__()
         width = lessons.rows.shape[1]
         generator = torch.Generator().manual_seed(seed)
@@ -88,8 +88,8 @@ class ExitHead(nn.Module):
 
 
 def train_exit_head(
-    training: Lessons,
-    held_out: Lessons,
+    training: ExitLessons,
+    held_out: ExitLessons,
     head: Tensor,
     kept_ids: Tensor,
     settings: ExitSettings,
@@ -161,7 +161,7 @@ def _kl(hidden: Tensor, states: Tensor, head: Tensor) -> Tensor:
     return kl
 
 
-def _examine(model: ExitHead, lessons: Lessons, head: Tensor, kept_ids: Tensor) -> tuple[float, float]:
+def _examine(model: ExitHead, lessons: ExitLessons, head: Tensor, kept_ids: Tensor) -> tuple[float, float]:
     """-> KL, agreement"""
     kl, right, num = 0.0, 0, len(lessons.rows)
     with torch.inference_mode():

@@ -8,11 +8,10 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from transformers import PreTrainedModel
 
 from edgecloud.draft_vocab import DRAFT_VOCAB
 from edgecloud.errors import ConfigError, ModelError
@@ -20,12 +19,13 @@ from edgecloud.kernels.codec import decode, encode
 from edgecloud.partitioner import check, tokenizer_match
 from edgecloud.partitioner.exit_answers import MAX_ANSWER_TOKENS, MIN_PROMPTS, ExitSource, divide
 from edgecloud.partitioner.exit_graph import guesses, write_exit_head
-from edgecloud.partitioner.exit_head import CurvePoint, ExitSettings, Lessons, train_exit_head
+from edgecloud.partitioner.exit_head import CurvePoint, ExitLessons, ExitSettings, train_exit_head
 from edgecloud.partitioner.export import GRAPH_FILES
 from edgecloud.partitioner.frequent_tokens import frequent_tokens
 from edgecloud.partitioner.front_check import open_front
 from edgecloud.partitioner.graph import FrontGraph
 from edgecloud.partitioner.inputs import FrontPlan
+from edgecloud.partitioner.last_states import last_states, require_plain_head
 from edgecloud.partitioner.quantize import quantize_front
 from edgecloud.partitioner.reference import Reference
 from edgecloud.partitioner.report import ExitHeadReport, Remark
@@ -33,7 +33,6 @@ from edgecloud.partitioner.steps import cached_exit_head, cached_samples
 
 EXIT_HEAD, FOUND = "exit_head.onnx", "exit_head.json"
 FILES = (EXIT_HEAD, f"{EXIT_HEAD}.data", DRAFT_VOCAB)
-HEAD_TOLERANCE = 1e-3  # of the largest logit
 
 
 class ExitHeadMaker:
@@ -83,7 +82,8 @@ class ExitHeadMaker:
         sequences = (sample.prompt_ids + sample.continuation_ids for sample in training)
         vocab = frequent_tokens(sequences, settings.num_kept, self._reference.num_tokens, eos)
         kept = torch.tensor(vocab.token_ids)
-        head = head_rows(model, kept)
+        require_plain_head(model)
+        head = model.get_output_embeddings().weight.detach()[kept].float()
         self._remark("rows of the front and states of the target along the answers")
         graph = open_front(self._folder / GRAPH_FILES[0], [*training, *held_out])
         lessons = lessons_of(model, graph, self._plan.codec, training)
@@ -143,27 +143,7 @@ class ExitHeadMaker:
         )
 
 
-def head_rows(model: torch.nn.Module, kept_ids: Tensor) -> Tensor:
-    """The target's own, of these tokens.  -> [kept, width]. Raises ModelError: its head is more than a product."""
-    weight: Tensor = model.get_output_embeddings().weight.detach()  # type: ignore[operator]
-    ids = torch.arange(min(16, len(weight)))[None]
-    with torch.inference_mode():
-        logits = model(input_ids=ids, use_cache=False).logits[0].float()
-        product = last_states(model, ids[0].tolist()).float() @ weight.float().T
-    if not (logits - product).abs().max() <= HEAD_TOLERANCE * logits.abs().max():
-        raise ModelError("this target does more with its last states than to multiply them by its head; leave --exit-head away")
-    return weight[kept_ids].float()
-
-
-def last_states(model: torch.nn.Module, tokens: Sequence[int]) -> Tensor:
-    """What the target's head is applied to.  -> [tokens, width]"""
-    base: Any = model.base_model
-    with torch.inference_mode():
-        states: Tensor = base(input_ids=torch.tensor([list(tokens)]), use_cache=False).last_hidden_state[0]
-    return states
-
-
-def lessons_of(model: torch.nn.Module, graph: FrontGraph, codec: str, samples: Sequence[check.Sample]) -> Lessons:
+def lessons_of(model: PreTrainedModel, graph: FrontGraph, codec: str, samples: Sequence[check.Sample]) -> ExitLessons:
     """Every position of the answers."""
     rows, states, wanted = [], [], []
     for sample in samples:
@@ -171,6 +151,6 @@ def lessons_of(model: torch.nn.Module, graph: FrontGraph, codec: str, samples: S
         graph.crop_to(0)
         made = graph.extend(tokens)[first:]
         rows.append(torch.from_numpy(decode(encode(made, codec), codec, graph.width)))
-        states.append(last_states(model, tokens)[first:].float().clone())
+        states.append(last_states(model, {0: tokens})[0][first:].float().clone())
         wanted += sample.continuation_ids
-    return Lessons(torch.cat(rows), torch.cat(states), torch.tensor(wanted))
+    return ExitLessons(torch.cat(rows), torch.cat(states), torch.tensor(wanted))

@@ -18,7 +18,7 @@ def export_encoder(folder: Path, graph: Path) -> None:
     import torch
     from transformers import AutoModel
 
-    class SentenceEncoder(torch.nn.Module):  # type: ignore[misc,unused-ignore]
+    class SentenceEncoder(torch.nn.Module):  # type: ignore[misc,unused-ignore]  # a type checker without torch
         def __init__(self) -> None:
             super().__init__()
             self.bert = AutoModel.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)

@@ -89,7 +89,7 @@ def train(
         total = 0.0
         for correction in order.sample(list(corrections), len(corrections)):
             loss = correction_loss(adapted, correction, settings.anchor, rows)
-            loss.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(weights, MAX_GRADIENT)
             optimizer.step()
             optimizer.zero_grad()

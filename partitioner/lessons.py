@@ -13,15 +13,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from edgecloud.answers import Answer
-from edgecloud.errors import ModelError
+from edgecloud.partitioner.last_states import last_states, require_plain_head
 
 WINDOW = 64  # answers that are sorted by length together
-TOKENS_A_PASS = 4096
-HEAD_TOLERANCE = 1e-3  # of the largest logit
 KEY_BYTES = 16
 
 
@@ -51,7 +48,7 @@ class Lessons:
     def prepare(self, target: PreTrainedModel, progress: Callable[[int, int], None]) -> None:
         """Compute what is missing. Raises ModelError: the target's head is more than a product."""
         width = target.get_output_embeddings().weight.shape[1]
-        _check_head(target, self.answers[0].ids)
+        require_plain_head(target)
         self._folder.mkdir(parents=True, exist_ok=True)
         path, keys = self._folder / "states.f16", self._folder / "states.keys"
         with path.open("ab") as states_file, keys.open("ab") as keys_file:
@@ -81,48 +78,6 @@ class Lessons:
         while same < min(len(there), len(self._keys)) and there[same] == self._keys[same]:
             same += 1
         return int(np.searchsorted(self._ends[:same], path.stat().st_size // (2 * width), "right"))
-
-
-def last_states(target: PreTrainedModel, sequences: dict[int, list[int]]) -> dict[int, Tensor]:
-    """What the target's head is applied to, for every token of each sequence.  -> [tokens, width] each"""
-    found = {}
-    for group in by_length(sequences, TOKENS_A_PASS):
-        with torch.inference_mode():
-            states = target.base_model(input_ids=padded([sequences[n] for n in group], target.device), use_cache=False)
-        for row, number in zip(states.last_hidden_state, group, strict=True):
-            found[number] = row[: len(sequences[number])]
-    return found
-
-
-def by_length(sequences: dict[int, list[int]], max_tokens: int) -> list[list[int]]:
-    """Their numbers in groups of like length, of so many tokens each at most, padding included."""
-    groups: list[list[int]] = []
-    for number in sorted(sequences, key=lambda number: len(sequences[number])):
-        if groups and (len(groups[-1]) + 1) * len(sequences[number]) <= max_tokens:
-            groups[-1].append(number)
-        else:
-            groups.append([number])
-    return groups
-
-
-def padded(sequences: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """With zeros on the right, where a causal model does not look.  -> [sequences, tokens]"""
-    ids = np.zeros((len(sequences), max(map(len, sequences))), np.int64)
-    for row, sequence in zip(ids, sequences, strict=True):
-        row[: len(sequence)] = sequence
-    return torch.from_numpy(ids).to(device)
-
-
-def _check_head(target: PreTrainedModel, ids: list[int]) -> None:
-    with torch.inference_mode():
-        inputs = padded([ids[:64]], target.device)
-        logits = target(input_ids=inputs, use_cache=False).logits
-        states = target.base_model(input_ids=inputs, use_cache=False).last_hidden_state
-        product = states @ target.get_output_embeddings().weight.T
-    if not (logits - product).abs().max() <= HEAD_TOLERANCE * logits.abs().max():
-        raise ModelError(
-            f"{target.config.model_type} does more with its last states than to multiply them by its head; it cannot be distilled"
-        )
 
 
 def _key(fingerprint: str, answer: Answer) -> bytes:

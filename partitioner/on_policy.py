@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from edgecloud.answers import Answer
-from edgecloud.partitioner.lessons import last_states
+from edgecloud.partitioner.last_states import last_states
 from edgecloud.partitioner.student import Student
 
 NUM_TOGETHER = 32

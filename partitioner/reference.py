@@ -6,7 +6,7 @@ import tempfile
 from functools import cached_property
 from pathlib import Path
 
-import torch
+from transformers import PreTrainedModel
 
 from edgecloud.errors import ModelError
 from edgecloud.fingerprint import tokenizer_fingerprint
@@ -42,7 +42,7 @@ class Reference:
         return tokenizer_fingerprint(self.target.path / "tokenizer.json")
 
     @cached_property
-    def model(self) -> torch.nn.Module:
+    def model(self) -> PreTrainedModel:
         """The target."""
         return check.load_torch(self.target, fp32=self._fp32)
 

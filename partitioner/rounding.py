@@ -20,11 +20,12 @@ LOWEST, HIGHEST = -8, 7
 def rounded(weights: Tensor) -> Tensor:
     """[out, in] -> the same, each entry a whole number of its block's scale. Rounding again changes nothing."""
     width = weights.shape[-1]
-    blocks = F.pad(weights, (0, -width % BLOCK)).unflatten(-1, (-1, BLOCK))
+    blocks = F.pad(weights, (0, -width % BLOCK)).reshape(len(weights), -1, BLOCK)
     furthest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
     scales = furthest / LOWEST
     codes = (blocks / torch.where(scales == 0, 1, scales)).round_().clamp_(LOWEST, HIGHEST)
-    return codes.mul_(scales.half()).flatten(-2)[..., :width]
+    found: Tensor = codes.mul_(scales.half()).flatten(1)[:, :width]
+    return found
 
 
 @contextmanager

@@ -23,11 +23,12 @@ from edgecloud.cloud.answering import Answerer
 from edgecloud.cloud.engine import Engine
 from edgecloud.cloud.model import TargetModel
 from edgecloud.errors import ConfigError
+from edgecloud.partitioner.batches import by_length
 from edgecloud.partitioner.distill import CurvePoint, DistillSettings
 from edgecloud.partitioner.draft_maker import DraftReport, make_draft
 from edgecloud.partitioner.frequent_tokens import frequent_tokens
 from edgecloud.partitioner.kl import mean_kl
-from edgecloud.partitioner.lessons import Lessons, by_length
+from edgecloud.partitioner.lessons import Lessons
 from edgecloud.partitioner.model_folder import ModelFolder
 from edgecloud.partitioner.questions import questions
 from edgecloud.partitioner.rounding import rounded

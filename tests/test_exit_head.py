@@ -27,7 +27,7 @@ from edgecloud.kernels.entries import kept_entries
 from edgecloud.partitioner import exit_head
 from edgecloud.partitioner.exit_answers import BUILT_IN, divide, read_exit_source
 from edgecloud.partitioner.exit_graph import write_exit_head
-from edgecloud.partitioner.exit_head import CurvePoint, ExitSettings, Lessons, train_exit_head
+from edgecloud.partitioner.exit_head import CurvePoint, ExitLessons, ExitSettings, train_exit_head
 from edgecloud.partitioner.inputs import check_inputs
 from edgecloud.partitioner.quantize import _main as quantize
 from edgecloud.sampling import SamplingSettings
@@ -39,14 +39,14 @@ KEPT = torch.arange(1, 51)  # of the vocabulary
 SMALL = ExitSettings(num_kept=len(KEPT), rank=16, max_epochs=6, rows_a_step=64, rate=3e-3)
 
 
-def lessons(num: int, seed: int) -> tuple[Lessons, torch.Tensor]:
+def lessons(num: int, seed: int) -> tuple[ExitLessons, torch.Tensor]:
     """Rows that say through a bent map what the target's last state is; and the target's head."""
     fixed, random = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
     head = torch.randn(VOCAB_SIZE, WIDTH, generator=fixed)
     straight, bent = (torch.randn(WIDTH, WIDTH, generator=fixed) / WIDTH**0.5 for _ in range(2))
     rows = torch.randn(num, WIDTH, generator=random)
     states = rows @ straight + torch.relu(rows @ bent) * 2
-    return Lessons(5 * rows, states, (states @ head.T).argmax(-1)), head[KEPT]
+    return ExitLessons(5 * rows, states, (states @ head.T).argmax(-1)), head[KEPT]
 
 
 def trained(settings: ExitSettings = SMALL) -> tuple[exit_head.ExitHead, list[CurvePoint], torch.Tensor]:
