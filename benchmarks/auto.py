@@ -134,7 +134,7 @@ def planned(client: Client, plan: Plan, prompt: str, max_new_tokens: int) -> flo
     limits: Any = {"max_new_tokens": max_new_tokens, "stop_token_ids": stops, "on_loss": "wait", "met": 32}
     pilot = Pilot(tokens, Fixed(plan), retry, patience, estimates.acceptance, **limits)
     session = RemoteSession(client._connection())
-    steps = collaborate(pilot, client._device(), session, SamplingSettings(), stops, estimates, lambda: 32)
+    steps = collaborate(pilot, client._on_device.drafter, session, SamplingSettings(), stops, estimates, lambda: 32)
     times = [time.perf_counter() for step in steps if isinstance(step, Round) for _ in step.token_ids]
     session.release()
     return (times[-1] - times[0]) * 1e3 / (len(times) - 1)

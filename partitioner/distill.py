@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel
 
 from edgecloud.errors import ConfigError
@@ -25,6 +25,7 @@ from edgecloud.partitioner.batches import by_length, padded
 from edgecloud.partitioner.checkpoint import read_notes, restore, write_checkpoint
 from edgecloud.partitioner.kl import mean_kl
 from edgecloud.partitioner.lessons import Lessons
+from edgecloud.partitioner.muon import Muon
 from edgecloud.partitioner.on_policy import OnPolicy
 from edgecloud.partitioner.rounding import rounded_for_now
 from edgecloud.partitioner.student import Student
@@ -103,7 +104,7 @@ class Distillation:
         matrices = {n: p for n, p in student.trained().items() if p.ndim == 2}
         others = {n: p for n, p in student.trained().items() if n not in matrices}
         self._optimizers: list[Optimizer] = [
-            Muon(matrices.values(), lr=settings.matrix_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+            Muon(matrices.values(), lr=settings.matrix_rate),
             AdamW(others.values(), lr=settings.vector_rate, betas=(0.9, 0.95), weight_decay=0.0),
         ]
         self._on_policy = OnPolicy(target, student, [lessons.answers[n] for n in self._training])

@@ -57,13 +57,15 @@ def make_draft(
     work: Path,
     *,
     device: str = "cpu",
+    packed: bool = False,
     remark: Remark = lambda _: None,
     read: Callable[[int, int], None] = lambda _, __: None,
     learnt: Callable[[CurvePoint], None] = lambda _: None,
 ) -> DraftReport:
     """Train, and write the draft. What is in `work` is gone on with; the draft appears whole or not at all.
 
-    `read` hears how many answers of how many the target has read, `learnt` every point of the curve.
+    `packed`: as packed_draft.py describes, and for int4 only; else a Hugging Face folder. `read` hears how many answers of how
+    many the target has read, `learnt` every point of the curve.
 
     Raises:
         ConfigError: too few answers, or tokens that the target does not have; `work` is of another run.
@@ -82,6 +84,8 @@ def make_draft(
     distillation = Distillation(model, student, lessons, settings, work)
     remark(f"learning from {distillation.num_training} answers, examined by {distillation.num_examined} of other prompts")
     curve = distillation.run(learnt)
+    if settings.rounded:
+        student.round()
     report = DraftReport(
         draft=str(destination),
         target_fingerprint=fingerprint,
@@ -95,10 +99,13 @@ def make_draft(
         curve=[asdict(point) for point in curve],
     )
     with atomic_folder(destination) as folder:
-        student.save(folder)
-        for name in CLOUD_FILES:
-            if name not in OWN_FILES and (target.path / name).is_file():
-                shutil.copyfile(target.path / name, folder / name)
+        if packed:
+            student.save_packed(folder, fingerprint)
+        else:
+            student.save(folder)
+            for name in CLOUD_FILES:
+                if name not in OWN_FILES and (target.path / name).is_file():
+                    shutil.copyfile(target.path / name, folder / name)
         (folder / DRAFT_VOCAB).write_text(kept.to_json(), "utf-8")
         (folder / RECORD).write_text(json.dumps(report.to_dict(), indent=1) + "\n", "utf-8")
     return report

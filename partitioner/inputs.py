@@ -14,6 +14,7 @@ from edgecloud.kernels.codec import require_codec
 from edgecloud.partitioner.exit_answers import read_exit_source
 from edgecloud.partitioner.export import FrontPrecision, Precision
 from edgecloud.partitioner.model_folder import ModelFolder
+from edgecloud.partitioner.packed_draft import open_draft
 from edgecloud.partitioner.tokenizer_match import eos_token_ids, require_same_tokenizer
 
 MARGIN_BYTES = 16 << 20
@@ -69,7 +70,7 @@ def check_inputs(
         BundleError: something else is in the way, or the disk has too little room.
     """
     target = ModelFolder.open(model)
-    drafter = target if draft is None else ModelFolder.open(draft)
+    drafter = target if draft is None else open_draft(draft, target)
     destination = check_destination(bundle, overwrite)
     if destination in {target.path, drafter.path}:
         raise ConfigError(f"{bundle} is the model's own folder; choose another one for the bundle")

@@ -19,13 +19,18 @@ LOWEST, HIGHEST = -8, 7
 
 def rounded(weights: Tensor) -> Tensor:
     """[out, in] -> the same, each entry a whole number of its block's scale. Rounding again changes nothing."""
-    width = weights.shape[-1]
-    blocks = F.pad(weights, (0, -width % BLOCK)).reshape(len(weights), -1, BLOCK)
+    codes, scales = in_blocks(weights)
+    found: Tensor = codes.mul_(scales.half()[..., None]).flatten(1)[:, : weights.shape[1]]
+    return found
+
+
+def in_blocks(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """[out, in] -> whole numbers from -8 to 7 as floats [out, blocks, 32], zeros behind the last input; and scales [out, blocks]"""
+    blocks = F.pad(weights, (0, -weights.shape[1] % BLOCK)).reshape(len(weights), -1, BLOCK)
     furthest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
     scales = furthest / LOWEST
     codes = (blocks / torch.where(scales == 0, 1, scales)).round_().clamp_(LOWEST, HIGHEST)
-    found: Tensor = codes.mul_(scales.half()).flatten(1)[:, :width]
-    return found
+    return codes, scales[..., 0]
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from edgecloud.errors import ConfigError, ModelError
+from edgecloud.partitioner.packed_draft import pack
 from edgecloud.partitioner.rounding import rounded as as_int4
 
 
@@ -63,9 +64,23 @@ class Student:
         """By name."""
         return {name: p for name, p in self.decoder.named_parameters() if p.requires_grad}
 
+    def round(self) -> None:
+        """Make all matrices what int4 keeps of them."""
+        with torch.no_grad():
+            for weights in self.trained().values():
+                if weights.ndim == 2:
+                    weights.copy_(as_int4(weights))
+
     def save(self, folder: Path) -> None:
         """A Hugging Face folder, without tokenizer."""
         self.model.save_pretrained(folder)
+
+    def save_packed(self, folder: Path, target_fingerprint: str) -> None:
+        """What it has beyond its target, without tokenizer."""
+        prefix = f"{self.model.base_model_prefix}."
+        layers = {prefix + name: weights for name, weights in self.trained().items()}
+        pack(layers, layer_list(self.model)[0], target_fingerprint, folder)
+        self.model.config.save_pretrained(folder)
 
 
 def _cut(target: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:

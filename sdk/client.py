@@ -31,8 +31,8 @@ from edgecloud.errors import (
 )
 from edgecloud.generation import Generation, GenerationStream
 from edgecloud.manifest import bundle_kind
+from edgecloud.on_device import OnDevice
 from edgecloud.options import GenerationKeywords, GenerationOptions, Prompt, check_fits, check_messages, check_whole
-from edgecloud.protocols import Drafter
 from edgecloud.rejection_watch import RejectionWatch
 from edgecloud.rejections import RejectionLog, Source
 from edgecloud.routes import Route, Routes
@@ -43,10 +43,6 @@ from edgecloud.types import Event, LossPolicy, Preference, Reply, Round, Service
 from edgecloud.way import Way, check_split, check_tail, split_way, whole_way
 
 if TYPE_CHECKING:
-    from edgecloud.bundle import FrontInfo
-    from edgecloud.edge.drafter import ModelDrafter
-    from edgecloud.edge.front_rows import FrontRows
-    from edgecloud.edge.model import DraftModel
     from edgecloud.edge.tokenizer import ChatTokenizer
     from edgecloud.exits import Rule
     from edgecloud.graph_bundle import GraphBundle
@@ -105,22 +101,18 @@ class Client:
         self._timeout = timeout or Timeout()
         self._num_draft_tokens = check_whole("num_draft_tokens", num_draft_tokens, 1, 64)
         self._num_threads = check_whole("num_threads", num_threads, 0) or len(os.sched_getaffinity(0))
-        self._max_context_tokens = check_whole("max_context_tokens", max_context_tokens, 0)
+        max_context_tokens = check_whole("max_context_tokens", max_context_tokens, 0)
         self._max_ram_bytes = check_whole("max_ram_mb", max_ram_mb, 0) << 20
         self._rejections = learn_from if isinstance(learn_from, RejectionLog | None) else RejectionLog(learn_from)
-        self._bundle: Bundle | None = None
         self._graph_bundle: GraphBundle | None = None
         self._graph_client: GraphClient | None = None
-        self._tokenizer: ChatTokenizer | None = None
-        self._drafter: ModelDrafter | None = None
-        self._front_drafter: Drafter | None = None
         self._trust = {greedy: Trust() for greedy in (True, False)}
         self._replicas: Replicas | None = None
         self._service: Service | None = None
-        self._front: FrontRows | None = None
         self._routes = Routes()
         self._estimates = Estimates.unknown()
         self._split_estimates = self._estimates.of_another_target()
+        self._on_device = OnDevice(self._path, self._num_threads, max_context_tokens, self._estimates.device.prefilled)
         self._loading = threading.RLock()
         self._turn = Turn()
         self._closed = False
@@ -215,12 +207,7 @@ class Client:
     @property
     def bundle(self) -> Bundle:
         """The bundle's manifest, its device files checked. Raises BundleError."""
-        with self._loading:
-            if self._bundle is None:
-                bundle = Bundle.open(self._path)
-                bundle.verify_files("edge")
-                self._bundle = bundle
-            return self._bundle
+        return self._on_device.bundle
 
     @property
     def graph_bundle(self) -> GraphBundle:
@@ -237,18 +224,7 @@ class Client:
     @property
     def tokenizer(self) -> ChatTokenizer:
         """The tokenizer that both models share. Raises BundleError."""
-        with self._loading:
-            if self._tokenizer is None:
-                from edgecloud.edge.tokenizer import ChatTokenizer
-
-                bundle = self.bundle
-                template = bundle.tokenizer.chat_template
-                self._tokenizer = ChatTokenizer(
-                    bundle.file(bundle.tokenizer.path),
-                    None if template is None else bundle.file(template),
-                    bundle.tokenizer.special_tokens,
-                )
-            return self._tokenizer
+        return self._on_device.tokenizer
 
     @property
     def num_threads(self) -> int:
@@ -267,7 +243,8 @@ class Client:
             self._replicas.close()
         if self._graph_client is not None:
             self._graph_client.close()
-        self._replicas = self._drafter = self._front = self._front_drafter = self._graph_client = None
+        self._on_device.drop()
+        self._replicas = self._graph_client = None
 
     def __enter__(self) -> Client:
         return self
@@ -296,7 +273,7 @@ class Client:
         route = self._routes.route(options, self.bundle)
         if options.mode == "split":
             check_split(options, self.bundle)  # before anything is started
-        check_fits(len(tokens), options.max_new_tokens, self._window(), "context window")
+        check_fits(len(tokens), options.max_new_tokens, self._on_device.window, "context window")
         generation = Generation(
             len(tokens),
             self.tokenizer.stream(),
@@ -358,8 +335,8 @@ class Client:
         try:
             way = self._way(options)
             pilot, meet = self._pilot(tokens, options, route, end_s, way)
-            device, sampling = way.drafter or self._device(), options.sampling
-            scorer = None if route.exits is None else self._model_drafter()
+            device, sampling = way.drafter or self._on_device.drafter, options.sampling
+            scorer = None if route.exits is None else self._on_device.drafter
             yield from collaborate(pilot, device, remote, sampling, stop_token_ids, way.estimates, meet, way.new_courier, scorer)
         except ModelMismatchError:  # another model was started at that address since the handshake
             self._service = None
@@ -374,7 +351,9 @@ class Client:
             return whole_way(self._estimates, time.monotonic())
         front, service = check_split(options, self.bundle), self.describe()
         check_tail(front, service, self._connection().address)
-        rows, head = self._front_rows(front), self._exit_head(front)
+        rows, head = self._on_device.front_rows(front), self._on_device.front_drafter(front)
+        if head is not None and self._split_estimates.device is self._estimates.device:
+            self._split_estimates.device = DeviceEstimate()  # its steps are not the draft model's
         return split_way(rows, head, self._split_estimates, service, time.monotonic())
 
     def _pilot(
@@ -433,15 +412,10 @@ class Client:
         self, tokens: list[int], options: GenerationOptions, max_new_tokens: int, end_s: float | None
     ) -> Iterator[Round]:
         stop_token_ids = self.bundle.tokenizer.eos_token_ids
-        for round_ in decode_locally(tokens, self._device(), options.sampling, max_new_tokens, stop_token_ids):
+        for round_ in decode_locally(tokens, self._on_device.drafter, options.sampling, max_new_tokens, stop_token_ids):
             if end_s is not None and time.monotonic() > end_s:
                 raise DeadlineExceededError("the time allowed for this generation has passed; allow more or ask for less")
             yield round_
-
-    def _window(self) -> int:
-        bundle = self.bundle
-        window = min(bundle.target.max_context_tokens, bundle.draft.max_context_tokens)
-        return min(window, self._max_context_tokens) if self._max_context_tokens else window
 
     def _connection(self) -> Replicas:
         with self._loading:
@@ -452,31 +426,6 @@ class Client:
             if self._replicas is None:
                 self._replicas = Replicas([self._cloud(address) for address in self._addresses], self._prefer)
             return self._replicas
-
-    def _front_rows(self, info: FrontInfo) -> FrontRows:
-        with self._loading:
-            if self._front is None:
-                from edgecloud.edge.front import FrontModel
-                from edgecloud.edge.front_rows import FrontRows
-
-                model = FrontModel(self.bundle.file(info.model), self._window(), self._num_threads)
-                self._front = FrontRows(model, info.cut, info.codec)
-            return self._front
-
-    def _exit_head(self, info: FrontInfo) -> Drafter | None:
-        """The front as a drafter, if the bundle has a head for it: then the draft model is not loaded."""
-        head = info.exit_head
-        with self._loading:
-            if head is not None and self._front_drafter is None:
-                from edgecloud.edge.exit_head import ExitHead
-                from edgecloud.edge.front_drafter import FrontDrafter
-
-                graph, vocab = self.bundle.file(head.model), self.bundle.file(head.vocab)
-                vocab_size, num_threads = self.bundle.target.vocab_size, self._num_threads
-                rows = self._front_rows(info)
-                self._split_estimates.device = DeviceEstimate()  # its steps are not the draft model's
-                self._front_drafter = FrontDrafter(rows, lambda: ExitHead(graph, vocab, vocab_size, num_threads))
-            return self._front_drafter
 
     def _cloud(self, address: str) -> Cloud:
         if bundle_kind(self._path) == "text":
@@ -511,26 +460,6 @@ class Client:
                     max_ram_bytes=self._max_ram_bytes or None,
                 )
             return self._graph_client
-
-    def _device(self) -> Drafter:
-        return self._model_drafter()
-
-    def _model_drafter(self) -> ModelDrafter:
-        with self._loading:
-            if self._drafter is None:
-                from edgecloud.edge.drafter import ModelDrafter
-
-                bundle, window, num_threads = self.bundle, self._window(), self._num_threads
-                vocab_size = min(bundle.draft.vocab_size, bundle.target.vocab_size)
-                prefilled = self._estimates.device.prefilled
-
-                def load() -> DraftModel:
-                    from edgecloud.edge.model import DraftModel
-
-                    return DraftModel.of_bundle(bundle, window, num_threads, prefilled)
-
-                self._drafter = ModelDrafter(load, vocab_size)
-            return self._drafter
 
 
 def _on_loss(options: GenerationOptions) -> LossPolicy:

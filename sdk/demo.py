@@ -204,8 +204,12 @@ def verdict(rows: Sequence[Row]) -> str:
     return f"Lower TPOT: {'; '.join(words)}. Mode edge took {edge_ms:.0f} ms a token, for text that nobody verified."
 
 
-def prepare_bundle(remark: Callable[[str], None]) -> Path:
-    """The demo pair in the cache: fetched and partitioned where it is missing, damaged, or made for another target.
+def prepare_bundle(remark: Callable[[str], None], draft: Path | None = None) -> Path:
+    """The demo pair in the cache: fetched and partitioned where it is missing, damaged, or made of other models.
+
+    Args:
+        remark: told of every step.
+        draft: folder of the draft; None: the target itself, in int4.
 
     Raises:
         EdgecloudError: a step failed.
@@ -213,21 +217,25 @@ def prepare_bundle(remark: Callable[[str], None]) -> Path:
     from edgecloud.partitioner import extra_installed
 
     with extra_installed():
-        from edgecloud.fingerprint import model_fingerprint
         from edgecloud.partitioner.fetch import cache_folder
+        from edgecloud.partitioner.model_folder import ModelFolder
+        from edgecloud.partitioner.packed_draft import open_draft
 
     remark(f"$ edgecloud fetch {MODEL}")
     model = Path(run_command(["fetch", MODEL])["path"])
-    path = cache_folder() / "bundles" / MODEL
+    target = ModelFolder.open(model)
+    drafter = target if draft is None else open_draft(str(draft), target)
+    path = cache_folder() / "bundles" / (MODEL if draft is None else f"{MODEL}+{drafter.name}")
     try:
         bundle = Bundle.open(path)
         bundle.verify_files("edge")
         bundle.verify_files("cloud")
-        if bundle.target.fingerprint == model_fingerprint(model):
+        if (bundle.target.fingerprint, bundle.draft.fingerprint) == (target.fingerprint(), drafter.fingerprint()):
             remark("the bundle in the cache is whole")
             return path
     except BundleError:
         pass
-    remark(f"$ edgecloud partition {MODEL} -o {path}")
-    run_command(["partition", str(model), "-o", str(path), "--overwrite"])
+    options = [] if draft is None else ["--draft", str(draft)]
+    remark(" ".join(["$ edgecloud partition", MODEL, "-o", str(path), *options]))
+    run_command(["partition", str(model), "-o", str(path), "--overwrite", *options])
     return path

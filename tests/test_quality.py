@@ -61,7 +61,7 @@ def calibrated(tiny_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Pat
         reply = client.generate(PROMPT, raw=True, mode="edge", max_new_tokens=NUM_TOKENS)
         tokens, scores = client.tokenizer.encode(PROMPT), []
         for token in reply.token_ids:
-            scores.append(client._model_drafter().guess(tokens, SamplingSettings())[1])
+            scores.append(client._on_device.drafter.guess(tokens, SamplingSettings())[1])
             tokens.append(token)
     calibrate_by_hand(bundle, sorted(scores)[len(scores) // 2])
     return bundle

@@ -15,6 +15,7 @@ from edgecloud.cli.app import app
 from edgecloud.cli.interrupt import stopped_like_ctrl_c
 from edgecloud.cli.output import JsonFlag, print_json, progress_console, remarks, table_console
 from edgecloud.cli.progress import generations
+from edgecloud.errors import ConfigError
 
 if TYPE_CHECKING:
     from edgecloud.demo import DemoReport, Row
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 def demo(
     prompts: Annotated[int, typer.Option(help="How many of the built-in prompts.")] = 12,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 20,
+    draft: Annotated[
+        Path | None, typer.Option(help="A distilled draft; default: the target itself, in int4.", show_default=False)
+    ] = None,
     bundle: Annotated[Path | None, typer.Option(help="Take this bundle; default: fetch and partition the demo pair.")] = None,
     json: JsonFlag = False,
 ) -> None:
@@ -33,11 +37,14 @@ def demo(
     """
     from edgecloud.demo import prepare_bundle, run_demo, verdict
 
+    if draft is not None and bundle is not None:
+        raise ConfigError("--bundle has a draft already; give --draft or --bundle")
+
     begin = time.monotonic()
     console = progress_console()
     remark = remarks(console)
     with stopped_like_ctrl_c():
-        path = prepare_bundle(remark) if bundle is None else bundle
+        path = prepare_bundle(remark, draft) if bundle is None else bundle
         with generations(console, remark) as progress:
             report = run_demo(path, prompts, max_new_tokens, remark=remark, progress=progress)
     remark(f"done in {time.monotonic() - begin:.0f} s")

@@ -52,6 +52,10 @@ def distill(  # typer fills them by name
     patience: Annotated[int, typer.Option(help="Examinations without a better one before it stops.")] = 8,
     evaluate_every: Annotated[int, typer.Option(help="Steps between examinations and checkpoints.")] = 50,
     for_int4: Annotated[bool, typer.Option("--for-int4/--for-fp32", help="Learn with the weights as int4 keeps them.")] = True,
+    packed: Annotated[
+        bool,
+        typer.Option("--packed", help="Write only what the target does not have, its layers, in int4."),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     work: Annotated[
@@ -76,6 +80,8 @@ def distill(  # typer fills them by name
     folder = ModelFolder.open(target)
     if output.exists() and not overwrite:
         raise BundleError(f"{output} is there; give --overwrite to replace it, or another name")
+    if packed and not for_int4:
+        raise ConfigError("--packed keeps int4, and --for-fp32 learns without it; leave one of them out")
     chosen = default_layers(folder.num_layers, num_layers) if layers is None else _numbers(layers)
     examined = {"evaluate_every": evaluate_every, "patience": patience}
     settings = DistillSettings(
@@ -94,7 +100,16 @@ def distill(  # typer fills them by name
         file = AnswerFile(answers)
     with generations(console, remarks(console)) as read:
         report = make_draft(
-            folder, list(file), settings, output, place, device=device, remark=remarks(console), read=read, learnt=_tell(console)
+            folder,
+            list(file),
+            settings,
+            output,
+            place,
+            device=device,
+            packed=packed,
+            remark=remarks(console),
+            read=read,
+            learnt=_tell(console),
         )
     if as_json:
         print_json(report.to_dict())
