@@ -16,11 +16,11 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
-from transformers.utils import logging
+from transformers import PreTrainedModel
 
 from edgecloud.errors import ConfigError, ModelError
 from edgecloud.partitioner.atomic import atomic_folder
+from edgecloud.partitioner.check import load_torch
 from edgecloud.partitioner.model_folder import ModelFolder
 
 FORMAT = "edgecloud-adapter-1"
@@ -39,14 +39,9 @@ class AdapterInfo:
             raise ConfigError(f"rank is {self.rank}; it takes a whole number from 1 to 256")
 
 
-def load_draft(draft: ModelFolder, device: str = "cpu") -> torch.nn.Module:
-    """The model of a folder in float32. Raises ModelError."""
-    logging.disable_progress_bar()
-    try:
-        model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(draft.path, dtype=torch.float32).to(device)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ModelError(f"{draft.path} cannot be loaded: {error}") from error
-    return model.eval()  # there is no dropout to train with
+def load_draft(draft: ModelFolder, device: str = "cpu") -> PreTrainedModel:
+    """The model of a folder in float32, without dropout. Raises ModelError."""
+    return load_torch(draft, fp32=True).to(torch.device(device))
 
 
 def with_new_adapter(model: torch.nn.Module, rank: int, seed: int) -> PeftModel:

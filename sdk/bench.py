@@ -91,8 +91,8 @@ def run_bench(
             remark(f"$ edgecloud {' '.join(link.arguments(serving['address']))}")
             relay = stack.enter_context(listening(link.arguments(serving["address"])))
             fixed = stack.enter_context(Client(bundle, relay["listen"], num_threads=1))
-            for arm in arms:  # mode auto shall know nothing but what it has seen itself
-                learning = arm.mode == "auto"
+            for arm in arms:  # those that learn shall know nothing but what they have seen themselves
+                learning = arm.mode in {"auto", "cascade"}
                 ways[link.name, arm.name] = (
                     stack.enter_context(Client(bundle, relay["listen"], num_threads=1)) if learning else fixed
                 )

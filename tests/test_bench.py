@@ -24,6 +24,7 @@ from edgecloud.client import Client
 from edgecloud.errors import ConfigError, EdgecloudError
 from edgecloud.links import Link, parse_link
 from edgecloud.prompts import read_prompts, spread_evenly
+from edgecloud.quality import Risk
 from edgecloud.types import Metrics, Mode, ModeSpan, Reply, Usage
 
 pytest_plugins = ["pairs"]
@@ -145,7 +146,7 @@ def test_an_edge_answer_may_differ() -> None:
 
 
 def test_arms_by_name() -> None:
-    arms = parse_arms("cloud, speculative:8,speculative,auto,auto:cost,edge")
+    arms = parse_arms("cloud, speculative:8,speculative,auto,auto:cost,edge,cascade:0.05")
     assert [arm.options() for arm in arms] == [
         {"mode": "cloud"},
         {"mode": "speculative", "num_draft_tokens": 8},
@@ -153,11 +154,15 @@ def test_arms_by_name() -> None:
         {"mode": "auto"},
         {"mode": "auto", "objective": "cost"},
         {"mode": "edge"},
+        {"mode": "cascade", "quality": Risk(0.05)},
     ]
-    assert [arm.fixed for arm in arms] == [True, True, True, False, False, False]
+    assert [arm.fixed for arm in arms] == [True, True, True, False, False, False, False]
+    assert [arm.name for arm in arms if not arm.verified] == ["edge", "cascade:0.05"]
 
 
-@pytest.mark.parametrize("text", ["", "cloud,fog", "cloud,speculative:0", "cloud,speculative:x", "cloud,auto:speed", "cloud:1"])
+@pytest.mark.parametrize(
+    "text", ["", "cloud,fog", "cloud,speculative:0", "cloud,speculative:x", "cloud,auto:speed", "cloud:1", "cascade", "cascade:2"]
+)
 def test_an_unknown_arm_is_named(text: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(repr(text.rpartition(",")[2]))):
         parse_arms(text)

@@ -146,7 +146,7 @@ def test_twelve_other_sessions_change_no_token_in_any_mode(tiny_pair: Pair, dtyp
     modes: list[dict[str, Any]] = [{"mode": "cloud"}, *({"mode": "speculative", "num_draft_tokens": n} for n in (1, 4, 9))]
 
     def texts(client: Client) -> list[list[list[int]]]:
-        return [[client.generate(PROMPT, max_new_tokens=48, **s, **mode).token_ids for mode in modes] for s in settings]
+        return [[client.generate(PROMPT, max_new_tokens=32, **s, **mode).token_ids for mode in modes] for s in settings]
 
     with (
         serving(tiny_pair.bundle, "--dtype", dtype, "--exact", "bitwise") as server,

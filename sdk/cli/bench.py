@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 def bench(
     bundle: Annotated[Path, typer.Argument(help="Folder written by `edgecloud partition`, with the target in it.")],
     modes: Annotated[
-        str, typer.Option(help="cloud, speculative:K, auto, auto:OBJECTIVE, edge, between commas; cloud is needed.")
+        str,
+        typer.Option(
+            help="cloud, speculative:K, split:K, auto, auto:OBJECTIVE, cascade:RISK, edge, between commas; cloud is needed."
+        ),
     ] = "cloud,speculative:1,speculative:4,auto",
     links: Annotated[
         str, typer.Option(help="Between commas: round trips such as 20ms; wifi, lte, 5g; trace:FILE[@RTT] (60 ms).")

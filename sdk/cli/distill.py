@@ -48,6 +48,7 @@ def distill(  # typer fills them by name
     num_kept: Annotated[int, typer.Option("--draft-vocab", help="Tokens that the draft may propose.")] = 16384,
     steps: Annotated[int, typer.Option(help="Of training.")] = 1000,
     tokens_a_step: Annotated[int, typer.Option(help="Padding included.")] = 8192,
+    rate: Annotated[float, typer.Option(help="Of learning; of norms half of it. Less for a draft that keeps most layers.")] = 2e-3,
     own_share: Annotated[float, typer.Option(help="Share of the steps that learn from the draft's own samples.")] = 0.0,
     patience: Annotated[int, typer.Option(help="Examinations without a better one before it stops.")] = 8,
     evaluate_every: Annotated[int, typer.Option(help="Steps between examinations and checkpoints.")] = 50,
@@ -85,7 +86,16 @@ def distill(  # typer fills them by name
     chosen = default_layers(folder.num_layers, num_layers) if layers is None else _numbers(layers)
     examined = {"evaluate_every": evaluate_every, "patience": patience}
     settings = DistillSettings(
-        tuple(chosen), num_kept, steps, tokens_a_step, own_share=own_share, rounded=for_int4, seed=seed, **examined
+        tuple(chosen),
+        num_kept,
+        steps,
+        tokens_a_step,
+        matrix_rate=rate,
+        vector_rate=rate / 2,
+        own_share=own_share,
+        rounded=for_int4,
+        seed=seed,
+        **examined,
     )
     place = work or output.with_name(f"{output.name}.work")
     console = progress_console()
