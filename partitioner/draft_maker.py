@@ -107,7 +107,7 @@ def make_draft(
                 if name not in OWN_FILES and (target.path / name).is_file():
                     shutil.copyfile(target.path / name, folder / name)
         (folder / DRAFT_VOCAB).write_text(kept.to_json(), "utf-8")
-        (folder / RECORD).write_text(json.dumps(report.to_dict(), indent=1) + "\n", "utf-8")
+        (folder / RECORD).write_text(json.dumps(report.to_dict() | {"draft": destination.name}, indent=1) + "\n", "utf-8")
     return report
 
 

@@ -27,6 +27,7 @@ from edgecloud.partitioner.rounding import BLOCK, LOWEST, in_blocks, rounded
 PACKED = "layers.int4"  # a safetensors file by another name: no model by itself
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 TARGET, LAYERS = "target_fingerprint", "layer_list"  # what its header tells
+READABLE = 0o644  # safetensors writes for the owner only
 CODES, SCALES, WIDTH = ".codes", ".scales", ".width"
 
 
@@ -50,6 +51,7 @@ def pack(layers: Mapping[str, Tensor], layer_list: str, target_fingerprint: str,
         tensors[name + SCALES] = scales.half()
         tensors[name + WIDTH] = torch.tensor(weights.shape[1])
     save_file(tensors, folder / PACKED, {TARGET: target_fingerprint, LAYERS: layer_list})
+    (folder / PACKED).chmod(READABLE)
 
 
 def open_draft(draft: str, target: ModelFolder) -> ModelFolder:
@@ -75,6 +77,7 @@ def unpacked(folder: Path, target: ModelFolder) -> Path:
     weights |= _others(target, layer_list, weights)
     with atomic_folder(place) as made:
         save_file(weights, made / WEIGHTS, {"format": "pt"})
+        (made / WEIGHTS).chmod(READABLE)
         for name in CLOUD_FILES:
             if (target.path / name).is_file() and "index" not in name:
                 shutil.copyfile(target.path / name, made / name)
