@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP) ## fetch, partition, serve and generate on this machine, with a table at the end
-	$(BIN)/edgecloud demo $(if $(findstring --bundle,$(ARGS))$(findstring --draft,$(ARGS)),,--draft examples/demo-draft) $(ARGS)
+	$(BIN)/edgecloud demo $(ARGS)
 
 # The console script, not `python -m pytest`: that puts the root on sys.path, where kernels/ would shadow other packages.
 test: $(STAMP) ## run the tests: make test ARGS="-k choice"

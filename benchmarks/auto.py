@@ -50,7 +50,7 @@ class Device:
         if key not in self._clients:
             client = Client(self._bundle, address, num_threads=1)
             if self._clients:
-                client._drafter = next(iter(self._clients.values()))._device()
+                client._on_device = next(iter(self._clients.values()))._on_device
             client.describe()
             self._clients[key] = client
         return self._clients[key]
