@@ -22,12 +22,13 @@ from edgecloud.cli.app import run
 from edgecloud.cloud.answering import Answerer
 from edgecloud.cloud.engine import Engine
 from edgecloud.cloud.model import TargetModel
-from edgecloud.errors import ConfigError
+from edgecloud.errors import ConfigError, ModelError
 from edgecloud.partitioner.batches import by_length
 from edgecloud.partitioner.distill import CurvePoint, DistillSettings
 from edgecloud.partitioner.draft_maker import DraftReport, make_draft
 from edgecloud.partitioner.frequent_tokens import frequent_tokens
 from edgecloud.partitioner.kl import mean_kl
+from edgecloud.partitioner.last_states import require_plain_head
 from edgecloud.partitioner.lessons import Lessons
 from edgecloud.partitioner.model_folder import ModelFolder
 from edgecloud.partitioner.questions import questions
@@ -124,26 +125,38 @@ def test_other_settings_do_not_go_on_with_a_run(
     assert "other settings" in capsys.readouterr().err
 
 
+class Stopped(Exception):
+    """As a user would, at a point of the curve."""
+
+
 def test_a_run_is_prolonged_while_its_rates_are_steady_and_not_later(target: Path, answers: Path, tmp_path: Path) -> None:
     def stopped_at(step: int, num_steps: int) -> DraftReport:
         def learnt(point: CurvePoint) -> None:
             if point.step == step:
-                raise KeyboardInterrupt
+                raise Stopped
 
         settings = DistillSettings((0, 3), 200, num_steps, tokens_a_step=1024, evaluate_every=10)
         return make_draft(
             ModelFolder.open(str(target)), list(AnswerFile(answers)), settings, tmp_path / "a", tmp_path / "a.work", learnt=learnt
         )
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped):
         stopped_at(10, 20)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped):
         stopped_at(30, 40)  # step 10 is before the last third of either
     with pytest.raises(ConfigError, match="step 30 of 40"):
         stopped_at(50, 50)
     assert distil(target, answers, tmp_path / "a") == 0
     assert distil(target, answers, tmp_path / "at_once") == 0
     assert record(tmp_path / "a")["curve"] == record(tmp_path / "at_once")["curve"]
+
+
+def test_a_target_that_does_more_than_multiply_by_its_head_is_refused(target: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    require_plain_head(model)
+    model.lm_head.bias = torch.nn.Parameter(torch.linspace(0, 1, model.config.vocab_size))
+    with pytest.raises(ModelError, match="does more with its last states"):
+        require_plain_head(model)
 
 
 Spoiler = Callable[[list[Answer]], list[Answer]]
