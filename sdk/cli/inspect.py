@@ -66,6 +66,7 @@ def contents_table(found: Inspection) -> Table:
         rows["front"] = (
             f"layers 0 to {front['cut'] - 1} of {front['num_layers']}, {front['quantization']}, "
             f"boundary {front['codec']}, {front['width']} channels"
+            + ("" if front["exit_head"] is None else f"; drafts by an exit head in {front['exit_head']['quantization']}")
         )
     rows["window"] = f"{found.window_tokens} tokens"
     for part, graph in found.graphs.items():
