@@ -75,14 +75,19 @@ def unpacked(folder: Path, target: ModelFolder) -> Path:
         return place
     weights, layer_list = own_weights(folder / PACKED, fingerprint, target.name)
     weights |= _others(target, layer_list, weights)
-    with atomic_folder(place) as made:
-        save_file(weights, made / WEIGHTS, {"format": "pt"})
-        (made / WEIGHTS).chmod(READABLE)
-        for name in CLOUD_FILES:
-            if (target.path / name).is_file() and "index" not in name:
-                shutil.copyfile(target.path / name, made / name)
-        for name in (CONFIG, DRAFT_VOCAB):
-            shutil.copyfile(folder / name, made / name)
+    try:
+        with atomic_folder(place) as made:
+            save_file(weights, made / WEIGHTS, {"format": "pt"})
+            (made / WEIGHTS).chmod(READABLE)
+            for name in CLOUD_FILES:
+                if (target.path / name).is_file() and "index" not in name:
+                    shutil.copyfile(target.path / name, made / name)
+            for name in (CONFIG, DRAFT_VOCAB):
+                shutil.copyfile(folder / name, made / name)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{folder} cannot be unpacked to {place}: {error}; free some space, or name another EDGECLOUD_HOME"
+        ) from error
     return place
 
 

@@ -86,6 +86,15 @@ def test_a_truncated_one_is_refused(target: Path, packed: tuple[Path, Student], 
     assert not list((tmp_path / "home").glob("drafts/*"))
 
 
+def test_a_cache_that_cannot_be_written_is_named(
+    target: Path, packed: tuple[Path, Student], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("EDGECLOUD_HOME", str(tmp_path / "file"))
+    with pytest.raises(ModelError, match="EDGECLOUD_HOME"):
+        open_draft(str(packed[0]), ModelFolder.open(target))
+
+
 def test_a_part_of_one_is_refused(target: Path, packed: tuple[Path, Student]) -> None:
     (packed[0] / DRAFT_VOCAB).unlink()
     with pytest.raises(ModelError, match="copy the whole"):
